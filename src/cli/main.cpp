@@ -1,0 +1,2 @@
+// The program `mla`.
+int main() { return 0; }

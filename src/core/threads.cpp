@@ -1,0 +1,126 @@
+// Each loop is an epoch: the caller publishes it, everybody takes indices from one counter, and the last one to finish wakes the caller.
+#include "core/threads.h"
+
+#include "core/check.h"
+
+#include <sched.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace mla {
+namespace {
+
+// Spins before a worker goes to sleep: about 50 µs, longer than the serial code between two loops of a decode step.
+constexpr int spins = 4000;
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+}  // namespace
+
+int available_processors() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+  return std::max(1, int(std::thread::hardware_concurrency()));
+}
+
+struct Threads::State {
+  int count = 1;
+  std::vector<std::thread> workers;
+
+  alignas(64) std::atomic<uint64_t> epoch{0};  // even: idle or running; a new value starts a loop
+  alignas(64) std::atomic<int64_t> next{0};
+  alignas(64) std::atomic<int> busy{0};
+  Call call = nullptr;
+  void* context = nullptr;
+  int64_t n = 0;
+  std::atomic<bool> stop{false};
+  std::mutex mutex;
+  std::condition_variable wake;
+  std::atomic<int> sleeping{0};
+  std::mutex error_mutex;
+  std::exception_ptr error;
+
+  void work(int thread) {
+    for (;;) {
+      const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+      if (i >= n) return;
+      try {
+        call(context, i, thread);
+      } catch (...) {
+        std::lock_guard lock(error_mutex);
+        if (!error) error = std::current_exception();
+        next.store(n, std::memory_order_relaxed);
+      }
+    }
+  }
+
+  void loop(int thread) {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int i = 0; i < spins && epoch.load(std::memory_order_acquire) == seen; ++i) relax();
+      if (epoch.load(std::memory_order_acquire) == seen) {
+        std::unique_lock lock(mutex);
+        sleeping.fetch_add(1);
+        wake.wait(lock, [&] { return epoch.load() != seen; });
+        sleeping.fetch_sub(1);
+      }
+      seen = epoch.load(std::memory_order_acquire);
+      if (stop.load(std::memory_order_relaxed)) return;
+      work(thread);
+      busy.fetch_sub(1, std::memory_order_release);
+    }
+  }
+};
+
+Threads::Threads(int count) : state_(std::make_unique<State>()) {
+  CHECK(count >= 0 && count <= 4096, "{} threads asked for", count);
+  state_->count = count == 0 ? available_processors() : count;
+  for (int i = 1; i < state_->count; ++i) state_->workers.emplace_back([s = state_.get(), i] { s->loop(i); });
+}
+
+Threads::~Threads() {
+  State& s = *state_;
+  s.stop = true;
+  {
+    std::lock_guard lock(s.mutex);
+    s.epoch.fetch_add(1);
+  }
+  s.wake.notify_all();
+  for (auto& worker : s.workers) worker.join();
+}
+
+int Threads::count() const { return state_->count; }
+
+void Threads::run(int64_t n, Call call, void* context) {
+  State& s = *state_;
+  if (n <= 0) return;
+  if (s.workers.empty() || n == 1) {
+    for (int64_t i = 0; i < n; ++i) call(context, i, 0);
+    return;
+  }
+  s.call = call;
+  s.context = context;
+  s.n = n;
+  s.next.store(0, std::memory_order_relaxed);
+  s.busy.store(int(s.workers.size()), std::memory_order_relaxed);
+  s.epoch.fetch_add(1);
+  if (s.sleeping.load() > 0) {
+    { std::lock_guard lock(s.mutex); }
+    s.wake.notify_all();
+  }
+  s.work(0);
+  // With more threads than processors a worker may not be running: let it.
+  for (int i = 0; s.busy.load(std::memory_order_acquire) > 0; ++i) i < spins ? relax() : std::this_thread::yield();
+  if (s.error) std::rethrow_exception(std::exchange(s.error, nullptr));
+}
+
+}  // namespace mla

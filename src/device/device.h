@@ -1,0 +1,102 @@
+// The whole contract between models and machines: every operation of inference, with a shape on each argument.
+// Activations are f32 on the CPU. Operations check shapes on entry and raise Error; none allocates what grows with the model.
+#pragma once
+
+#include "core/memory.h"
+#include "device/attention.h"
+
+#include <memory>
+#include <span>
+#include <string>
+
+namespace mla {
+
+class Threads;
+
+// Weights in the device's own order. `count` matrices of [rows, cols] (experts, heads; 1 otherwise); y = W x for each.
+struct Weight {
+  DType dtype = DType::f32;  // of the source: what the products' precision follows
+  int64_t count = 0, rows = 0, cols = 0;
+  std::byte* data = nullptr;
+  int64_t matrix_bytes = 0;       // bytes from one matrix to the next
+  std::shared_ptr<Buffer> owner;  // empty for none
+  explicit operator bool() const { return data != nullptr; }
+  int64_t bytes() const { return count * matrix_bytes; }
+};
+
+// A gated feed-forward network, or a stack of them: down( silu(gate x) ⊙ up x ).
+struct FfnWeights {
+  Weight gate, up;  // [E, width, D]
+  Weight down;      // [E, D, width]
+};
+
+// Which experts a token goes to. expert i32 [n, k], weight f32 [n, k].
+struct Routing {
+  Tensor expert, weight;
+};
+
+enum class Gating : uint8_t { greedy, group_limited_greedy };
+
+// The gate of DeepSeekMoE (eq. 20-22 and the device-limited routing of 2.2.2): softmax over all experts, then the top k.
+struct RouterConfig {
+  Gating gating = Gating::greedy;
+  int experts = 0, top_k = 0;
+  int groups = 1, top_groups = 1;  // group_limited_greedy: a group's score is the maximum in it
+  bool renormalise = false;        // norm_topk_prob
+  float scale = 1;                 // routed_scaling_factor; applied only where the weights are not renormalised
+};
+
+enum class Attend : uint8_t { replace, merge };
+
+// The rate this device reaches, for the shares that runs and benchmarks print.
+struct Ceilings {
+  double read_gb_s = 0, int8_gop_s = 0, bf16_gflop_s = 0, f32_gflop_s = 0;
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  virtual std::string describe() const = 0;  // "CPU, avx512-bf16, 2 threads"
+  virtual Threads& threads() = 0;
+  virtual Ceilings probe(double seconds) = 0;  // measures for about `seconds`
+
+  // Puts matrices [rows, cols] (or stacks [n, rows, cols]; pieces are stacked in order) into the device's order. All pieces have
+  // one shape and type: f32, f16, bf16, q8_0, q4_0, q4_1, q4_k, q5_k or q6_k. The pieces may be dropped afterwards.
+  virtual Weight pack(std::span<const Tensor> pieces) = 0;
+  Weight pack(const Tensor& one) { return pack(std::span(&one, 1)); }
+
+  // out f32 [n, cols] = rows ids[i] of w [1, rows, cols]
+  virtual void embed(std::span<const int32_t> ids, const Weight& w, Tensor out) = 0;
+  // y f32 [n, rows] = x f32 [n, cols] · Wᵀ (+ bias f32 [rows], if it has data) (+ y, if add). Rows of x and y may be strided.
+  virtual void linear(Tensor x, const Weight& w, Tensor bias, Tensor y, bool add = false) = 0;
+  // y f32 [n, H, rows] = x f32 [n, H, cols] with its own matrix for each head; w.count = H. Both may be strided in dims 0 and 1.
+  virtual void linear_heads(Tensor x, const Weight& w, Tensor y) = 0;
+  // out f32 [n, D] += Σ_j weight[j] · ffn_{expert[j]}(x), experts of all tokens grouped. routing null: expert 0 with weight 1.
+  virtual void ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tensor out) = 0;
+  // Scores f32 logits [n, experts] to expert i32 [n, k] and weight f32 [n, k]; equal scores go to the lower index.
+  virtual void route(Tensor logits, const RouterConfig& config, Routing out) = 0;
+
+  // y f32 [n, d] = x / sqrt(mean(x²) + eps) ⊙ weight f32 [d]. Rows may be strided; y may be x.
+  virtual void rms_norm(Tensor x, Tensor weight, float eps, Tensor y) = 0;
+  // Rotates x f32 [n, heads, d] in place by the pairs' angles; cos_sin f32 [n, d / 2, 2]. Pairs are (2i, 2i+1) if interleaved,
+  // else (i, i + d/2). Strided in dims 0 and 1.
+  virtual void rope(Tensor x, Tensor cos_sin, bool interleaved) = 0;
+
+  // Writes rows f32 [n, layout.row()] (strided in dim 0) into the cache: row i to slot[i] = page * page_tokens + offset.
+  // A row is [K of all heads | V of all heads], or in MLA [latent | rotary key].
+  virtual void store(Tensor rows, std::span<const int64_t> slots, const Kv& kv) = 0;
+  // rows f32 [n, layout.row()] = rows first..first+n of the span's pages
+  virtual void load(const Kv& kv, const Span& span, int64_t first, Tensor rows) = 0;
+  // Attention over pages (eq. 16-18): q f32 [n, n_h, d_k] → o f32 [n, n_h, d_v] and lse f32 [n, n_h] (natural log of Σ exp(scale·q·k)),
+  // for the query rows the spans name. Query head h reads cache head h / (n_h / layout.heads). n_h is a multiple of layout.heads.
+  // merge: joins with what o and lse hold from other rows of the same sequence (a monoid; lse -inf is its unit). A query that sees no
+  // row gets zeros and lse -inf. The result of a span depends on nothing but its own queries and rows.
+  virtual void attend(Tensor q, const Kv& kv, Spans spans, Mask mask, float scale, Tensor o, Tensor lse, Attend how = Attend::replace) = 0;
+};
+
+// threads 0: all processors. Raises Error where the machine cannot.
+std::unique_ptr<Device> make_cpu(int threads = 0);
+// index of the GPU; raises Error, in plain words, where this build or machine has none.
+std::unique_ptr<Device> make_cuda(int index);
+
+}  // namespace mla

@@ -1,0 +1,31 @@
+// From logits to a token.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+namespace mla {
+
+struct SamplingOptions {
+  double temperature = 0;  // 0: greedy
+  int top_k = 0;           // 0: off
+  double top_p = 1, min_p = 0;
+  double repetition_penalty = 1;  // over all tokens of the sequence so far
+  std::vector<std::pair<int32_t, float>> logit_bias;
+  uint64_t seed = 0;
+  int logprobs = 0;  // how many alternatives to report, 0 … 20
+};
+
+struct Sampled {
+  int32_t token;
+  float logprob;                                        // of the token, before temperature and filters
+  std::vector<std::pair<int32_t, float>> alternatives;  // the most likely, best first
+};
+
+// Order: logit bias, repetition penalty, temperature, top-k, top-p, min-p, draw. The draw is a function of (seed, position) alone, so
+// that a text does not depend on the batch it was made in. `history` are the sequence's tokens. Equal logits: the lower id.
+Sampled sample(std::span<const float> logits, std::span<const int32_t> history, const SamplingOptions& options, int64_t position);
+
+}  // namespace mla
