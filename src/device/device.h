@@ -82,9 +82,15 @@ class Device {
   // else (i, i + d/2). Strided in dims 0 and 1.
   virtual void rope(Tensor x, Tensor cos_sin, bool interleaved) = 0;
 
+  // to = from, f32 of one shape; rows may be strided (the last dimension is contiguous).
+  virtual void copy(Tensor from, Tensor to) = 0;
+
   // Writes rows f32 [n, layout.row()] (strided in dim 0) into the cache: row i to slot[i] = page * page_tokens + offset.
   // A row is [K of all heads | V of all heads], or in MLA [latent | rotary key].
   virtual void store(Tensor rows, std::span<const int64_t> slots, const Kv& kv) = 0;
+  // Keys and values that were expanded from latents: kv f32 [n, heads, d_h + d_v], as W_UK and W_UV give them, and the rotary key
+  // that all heads share, f32 [n, d_R], become rows of a contiguous Kv of d_k = d_h + d_R, f32 or bf16.
+  virtual void store_expanded(Tensor kv, Tensor rotary, const Kv& to) = 0;
   // rows f32 [n, layout.row()] = rows first..first+n of the span's pages
   virtual void load(const Kv& kv, const Span& span, int64_t first, Tensor rows) = 0;
   // Attention over pages (eq. 16-18): q f32 [n, n_h, d_k] → o f32 [n, n_h, d_v] and lse f32 [n, n_h] (natural log of Σ exp(scale·q·k)),

@@ -55,6 +55,8 @@ class LatentCache {
     std::vector<int32_t> pages;
   };
   const Sequence& at(int sequence) const;
+  Sequence& at(int sequence);
+  void copy_page(int32_t from, int32_t to);  // in all layers
 
   int layers_;
   KvFormat format_;

@@ -104,6 +104,7 @@ class Model {
   Config config_;
   Device* device_;
   Weights weights_;
+  std::vector<double> rope_frequencies_;  // [d_R / 2]
   Arena arena_;
 };
 
