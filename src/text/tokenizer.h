@@ -33,9 +33,9 @@ class Tokenizer {
   ~Tokenizer();
 
   // add_special: BOS/EOS as the tokenizer asks for. parse_special: control tokens spelled in the text become their ids; without it
-  // they are ordinary text. Invalid UTF-8 is encoded byte by byte where the vocabulary can. Thread-safe.
+  // they are ordinary text. Invalid UTF-8 is encoded byte by byte where the vocabulary can, else as U+FFFD. Thread-safe.
   std::vector<int32_t> encode(std::string_view text, bool add_special, bool parse_special) const;
-  // The exact bytes; skip_special leaves control tokens out.
+  // The exact bytes; skip_special leaves control tokens out, and ids without a token (a model's vocabulary may be padded) say nothing.
   std::string decode(std::span<const int32_t> ids, bool skip_special = false) const;
 
   int32_t vocab_size() const;
@@ -50,20 +50,21 @@ class Tokenizer {
   struct State;
 
  private:
+  friend class TextStream;
   explicit Tokenizer(std::unique_ptr<State> state);
   std::unique_ptr<State> state_;
 };
 
-// Turns ids into text as they come and never splits a UTF-8 character.
+// Turns ids into text as they come and never splits a UTF-8 character: all that push and flush return is decode of the same ids.
 class TextStream {
  public:
-  explicit TextStream(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
+  explicit TextStream(const Tokenizer& tokenizer, bool skip_special = false) : tokenizer_(tokenizer), skip_special_(skip_special) {}
   std::string push(int32_t id);  // what is complete now; may be empty
-  std::string flush();           // the rest, incomplete bytes as they are
+  std::string flush();           // the rest, incomplete bytes as they are; the stream starts anew
 
  private:
   const Tokenizer& tokenizer_;
-  std::vector<int32_t> ids_;
+  bool skip_special_, started_ = false;
   std::string pending_;
 };
 
