@@ -49,6 +49,15 @@ constexpr Row table[] = {
     {"layers.#.ffn.shared.down", "model.layers.#.mlp.shared_experts.down_proj", "blk.#.ffn_down_shexp"},
 };
 
+struct Fused {
+  std::string_view hf, parts[2];
+};
+
+constexpr Fused fused[] = {
+    {"model.layers.#.mlp.experts.gate_up_proj", {"layers.#.ffn.experts.gate", "layers.#.ffn.experts.up"}},
+    {"model.layers.#.mlp.experts.down_proj", {"layers.#.ffn.experts.down", ""}},
+};
+
 constexpr std::string_view weight = ".weight", bias = ".bias";
 
 struct Numbers {
@@ -111,6 +120,16 @@ std::optional<std::string> stored_name(Format format, std::string_view ours) {
     if (const auto numbers = match(row.ours, ours)) return fill(pattern, *numbers).append(is_bias ? bias : weight);
   }
   return std::nullopt;
+}
+
+std::vector<std::string> fused_experts(Format format, std::string_view stored) {
+  std::vector<std::string> parts;
+  if (format != Format::hf) return parts;
+  for (const Fused& row : fused)
+    if (const auto numbers = match(row.hf, stored))
+      for (std::string_view part : row.parts)
+        if (!part.empty()) parts.push_back(fill(part, *numbers));
+  return parts;
 }
 
 }  // namespace mla

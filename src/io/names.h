@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace mla {
 
@@ -16,5 +17,9 @@ std::optional<std::string> our_name(Format format, std::string_view stored);
 
 // What the format calls our tensor. Nothing where it has no such tensor, as HF for the split "layers.3.attn.k_b".
 std::optional<std::string> stored_name(Format format, std::string_view ours);
+
+// What a tensor that holds all experts of a layer, as transformers keeps them in memory, is made of: for "….experts.gate_up_proj", [E, gate
+// over up, hidden], {"layers.N.ffn.experts.gate", "layers.N.ffn.experts.up"}. Empty for every other name.
+std::vector<std::string> fused_experts(Format format, std::string_view stored);
 
 }  // namespace mla
