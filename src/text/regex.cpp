@@ -19,6 +19,9 @@ constexpr size_t kLongestPattern = 64 << 10;
 // A search looks for a match from this many positions on before the clock is asked again.
 constexpr size_t kStartsPerSearch = 64;
 
+// What \w is to Oniguruma, as a part of a class; it counts the raised digits and fractions of Latin-1 in.
+constexpr const char* kWord = R"(\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\x{B2}\x{B3}\x{B9}\x{BC}-\x{BE})";
+
 template <class T, void (*Free)(T*)>
 struct Freed {
   void operator()(T* p) const { Free(p); }
@@ -108,6 +111,13 @@ class Translator {
       case 's': put("\\p{White_Space}", 2); break;  // PCRE2's \s has U+180E too
       case 'S': put("\\P{White_Space}", 2); break;
       case 'u': unicode(); break;
+      case 'w': put(depth_ > 0 ? kWord : fmt::format("[{}]", kWord), 2); break;
+      case 'W':
+        if (depth_ > 0) refuse("\\W in a class");
+        put(fmt::format("[^{}]", kWord), 2);
+        break;
+      case 'b':
+      case 'B':
       case 'h':
       case 'H':
       case 'K':
@@ -192,7 +202,6 @@ void Regex::split_valid(std::string_view text, size_t offset, MatchBudget& budge
     const size_t begin = span[0], end = span[1];
     if (begin == end && end == last_end) {  // no empty match right behind another match
       from = end < text.size() ? end + utf8_length(text.substr(end, 4)) : end + 1;
-      last_end = from;
       continue;
     }
     if (begin > done) sink(offset + done, offset + begin, false);
