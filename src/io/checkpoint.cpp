@@ -100,7 +100,7 @@ void Checkpoint::State::open_shards(const fs::path& index) {
     const std::string what = (path / name).string();
     const MappedFile& file = map(path / name);
     std::vector<ListedTensor> listed = parse_safetensors({file.data(), file.size()}, what);
-    std::erase_if(listed, [&](const ListedTensor& t) {  // what the index puts elsewhere
+    std::erase_if(listed, [&, &name = name](const ListedTensor& t) {  // what the index puts elsewhere
       const auto found = weight_map.find(t.name);
       return found == weight_map.end() || found->get_ref<const std::string&>() != name;
     });

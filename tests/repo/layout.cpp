@@ -102,16 +102,19 @@ TEST(Layout, HeadersAreGuarded) {
   }
 }
 
-// In backticks or as a link, a path that starts with one of our folders must be there; a pattern with * or { } is left alone.
+// In backticks, a path that starts with one of our folders must be there (a pattern with * or { } is left alone); so must a link's target.
 TEST(Layout, DocumentsNameFilesThatExist) {
-  const std::regex path(R"([`(]((?:src|tests|bench|tools|docs)/[A-Za-z0-9_./-]+)[`)])");
+  const std::regex path(R"(`((?:src|tests|bench|tools|docs)/[A-Za-z0-9_./-]+)`)"), link(R"(\]\(([A-Za-z0-9_./-]+)\))");
   std::vector<fs::path> documents = files_under(root / "docs", {".md"});
   for (const char* name : {"README.md", "CONTRIBUTING.md"}) documents.push_back(root / name);
   int checked = 0;
   for (const auto& document : documents) {
-    for (const auto& [line, named] : matches(read(document), path)) {
-      EXPECT_TRUE(fs::exists(root / named)) << document << ":" << line << ": there is no " << named;
-      ++checked;
+    const std::string text = read(document);
+    for (const auto& [pattern, base] : {std::pair(path, root), std::pair(link, document.parent_path())}) {
+      for (const auto& [line, named] : matches(text, pattern)) {
+        EXPECT_TRUE(fs::exists(base / named)) << document << ":" << line << ": there is no " << named;
+        ++checked;
+      }
     }
   }
   EXPECT_GT(checked, 20);
