@@ -2,6 +2,7 @@
 #include "text/chat.h"
 
 #include "core/check.h"
+#include "text/unicode.h"
 
 #include <algorithm>
 #include <array>
@@ -12,7 +13,7 @@ namespace {
 
 constexpr std::string_view kDeepseekBegin = "<｜begin▁of▁sentence｜>", kDeepseekEnd = "<｜end▁of▁sentence｜>";
 constexpr std::string_view kSmolSystem = "You are a helpful AI assistant named SmolLM, trained by Hugging Face";
-constexpr std::string_view kQwen2System = "You are a helpful assistant";
+constexpr std::string_view kQwen15System = "You are a helpful assistant", kQwen2System = "You are a helpful assistant.";
 constexpr std::string_view kQwen25System = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.";
 
 using Messages = std::span<const Message>;
@@ -22,15 +23,18 @@ struct Style {
   std::string_view name;
 };
 
-constexpr std::array<Style, 9> kStyles = {{{ChatStyle::deepseek_v2, "deepseek-v2"},
-                                           {ChatStyle::deepseek_v3, "deepseek-v3"},
-                                           {ChatStyle::llama2, "llama2"},
-                                           {ChatStyle::llama3, "llama3"},
-                                           {ChatStyle::mistral, "mistral"},
-                                           {ChatStyle::chatml, "chatml"},
-                                           {ChatStyle::smollm2, "smollm2"},
-                                           {ChatStyle::qwen2, "qwen2"},
-                                           {ChatStyle::qwen2_5, "qwen2.5"}}};
+constexpr std::array<Style, 12> kStyles = {{{ChatStyle::deepseek_v2, "deepseek-v2"},
+                                            {ChatStyle::deepseek_v3, "deepseek-v3"},
+                                            {ChatStyle::llama2, "llama2"},
+                                            {ChatStyle::llama3, "llama3"},
+                                            {ChatStyle::llama3_1, "llama3.1"},
+                                            {ChatStyle::mistral, "mistral"},
+                                            {ChatStyle::mistral_v3, "mistral-v3"},
+                                            {ChatStyle::chatml, "chatml"},
+                                            {ChatStyle::smollm2, "smollm2"},
+                                            {ChatStyle::qwen1_5, "qwen1.5"},
+                                            {ChatStyle::qwen2, "qwen2"},
+                                            {ChatStyle::qwen2_5, "qwen2.5"}}};
 
 std::string choices() {
   std::string out;
@@ -38,10 +42,20 @@ std::string choices() {
   return out;
 }
 
+bool is_trimmed(char32_t c) { return is_space(c) || (c >= 0x1C && c <= 0x1F); }
+
+// As Python's strip, which is what templates trim with.
 std::string_view trim(std::string_view text) {
-  constexpr std::string_view kSpace = " \t\n\v\f\r";
-  const size_t begin = text.find_first_not_of(kSpace);
-  return begin == text.npos ? std::string_view() : text.substr(begin, text.find_last_not_of(kSpace) + 1 - begin);
+  size_t begin = text.size(), end = 0;  // of what is not white space
+  for (size_t i = 0; i < text.size();) {
+    const size_t length = utf8_length(text.substr(i, 4)), step = std::max<size_t>(1, length);
+    if (length == 0 || !is_trimmed(utf8_decode(text.substr(i, length)))) {
+      begin = std::min(begin, i);
+      end = i + step;
+    }
+    i += step;
+  }
+  return begin < end ? text.substr(begin, end - begin) : std::string_view();
 }
 
 void check_roles(Messages messages) {
@@ -77,24 +91,21 @@ std::string deepseek_v2(Messages messages, bool generate) {
   return generate ? out.append("Assistant:") : out;
 }
 
-// All system messages go in front. An answer with reasoning keeps only what follows it.
+// All system messages go in front.
 std::string deepseek_v3(Messages messages, bool generate) {
   std::string system, turns;
+  bool first = true;
   for (const Message& message : messages) {
     if (message.role == "system") {
-      system.append(system.empty() ? "" : "\n\n").append(message.content);
+      system.append(first ? "" : "\n\n").append(message.content);
+      first = false;
     } else if (message.role == "user") {
       turns.append("<｜User｜>").append(message.content);
     } else {
-      constexpr std::string_view kThought = "</think>";
-      const size_t thought = message.content.rfind(kThought);
-      const std::string_view answer = message.content;
-      turns.append("<｜Assistant｜>").append(thought == std::string::npos ? answer : answer.substr(thought + kThought.size()));
-      turns.append(kDeepseekEnd);
+      turns.append("<｜Assistant｜>").append(message.content).append(kDeepseekEnd);
     }
   }
-  std::string out = std::string(kDeepseekBegin) + system + turns;
-  return generate && !messages.empty() && messages.back().role == "user" ? out.append("<｜Assistant｜>") : out;
+  return std::string(kDeepseekBegin) + system + turns + (generate ? "<｜Assistant｜>" : "");
 }
 
 std::string llama2(Messages messages, ChatStyle style) {
@@ -120,6 +131,17 @@ std::string llama3(Messages messages, bool generate) {
   return generate ? out.append("<|start_header_id|>assistant<|end_header_id|>\n\n") : out;
 }
 
+// The knowledge date is part of every prompt; where a template asks the clock for the other one, it is this one here.
+std::string llama3_1(Messages messages, bool generate) {
+  std::string system = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
+  if (!messages.empty() && messages[0].role == "system") {
+    system.append(trim(messages[0].content));
+    messages = messages.subspan(1);
+  }
+  std::string out = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n" + system + "<|eot_id|>";
+  return out.append(llama3(messages, generate), std::string_view("<|begin_of_text|>").size());
+}
+
 std::string mistral(Messages messages, ChatStyle style) {
   const bool has_system = !messages.empty() && messages[0].role == "system";
   const std::string system(take_system(messages, style));
@@ -129,6 +151,22 @@ std::string mistral(Messages messages, ChatStyle style) {
       out.append(" ").append(messages[i].content).append("</s>");
     else
       out.append(" [INST] ").append(i == 0 && has_system ? system + "\n\n" : "").append(messages[i].content).append(" [/INST]");
+  }
+  return out;
+}
+
+// The system message goes to the last user message, if that is the last of all.
+std::string mistral_v3(Messages messages, ChatStyle style) {
+  const bool has_system = !messages.empty() && messages[0].role == "system";
+  const std::string system(take_system(messages, style));
+  std::string out = "<s>";
+  for (size_t i = 0; i < messages.size(); i++) {
+    if (messages[i].role == "assistant") {
+      out.append(" ").append(trim(messages[i].content)).append("</s>");
+      continue;
+    }
+    const bool with_system = has_system && i + 1 == messages.size();
+    out.append("[INST] ").append(with_system ? system + "\n\n" : "").append(messages[i].content).append("[/INST]");
   }
   return out;
 }
@@ -161,18 +199,20 @@ ChatStyle recognise_chat_style(std::string_view source) {
   if (has("<|im_start|>")) {
     if (has("named SmolLM")) return ChatStyle::smollm2;
     if (has(kQwen25System)) return ChatStyle::qwen2_5;
-    if (has(kQwen2System)) return ChatStyle::qwen2;
-    if (!has("<think>")) return ChatStyle::chatml;
+    if (has("You are a helpful assistant.<|im_end|>")) return ChatStyle::qwen2;
+    if (has("You are a helpful assistant<|im_end|>")) return ChatStyle::qwen1_5;
+    if (!has("think>") && !has("system\\n")) return ChatStyle::chatml;
   } else if (has("<|start_header_id|>") && has("<|eot_id|>")) {
-    // Later Llamas write the date and tools into the system message: another prompt.
-    if (!has("date_string")) return ChatStyle::llama3;
+    return has("Cutting Knowledge Date") ? ChatStyle::llama3_1 : ChatStyle::llama3;
   } else if (has("<｜User｜>") && has("<｜Assistant｜>")) {
-    return ChatStyle::deepseek_v3;
+    if (!has("think>")) return ChatStyle::deepseek_v3;
   } else if (has("'User: '") && has("'Assistant: '") && has("eos_token")) {
     return ChatStyle::deepseek_v2;
   } else if (has("<<SYS>>") && has("[INST]")) {
     return ChatStyle::llama2;
-  } else if (has("[INST]") && !has("[SYSTEM_PROMPT]")) {
+  } else if (has("[INST]") && has("[AVAILABLE_TOOLS] [")) {
+    return ChatStyle::mistral_v3;
+  } else if (has("' [INST] '")) {
     return ChatStyle::mistral;
   }
   fail_input("{}; choose one of {}",
@@ -186,9 +226,12 @@ std::string chat_prompt(ChatStyle style, std::span<const Message> messages, bool
     case ChatStyle::deepseek_v3: return deepseek_v3(messages, add_generation_prompt);
     case ChatStyle::llama2: return llama2(messages, style);
     case ChatStyle::llama3: return llama3(messages, add_generation_prompt);
+    case ChatStyle::llama3_1: return llama3_1(messages, add_generation_prompt);
     case ChatStyle::mistral: return mistral(messages, style);
+    case ChatStyle::mistral_v3: return mistral_v3(messages, style);
     case ChatStyle::chatml: return chatml(messages, add_generation_prompt);
     case ChatStyle::smollm2: return chatml(messages, add_generation_prompt, kSmolSystem);
+    case ChatStyle::qwen1_5: return chatml(messages, add_generation_prompt, kQwen15System);
     case ChatStyle::qwen2: return chatml(messages, add_generation_prompt, kQwen2System);
     case ChatStyle::qwen2_5: return chatml(messages, add_generation_prompt, kQwen25System);
   }
@@ -200,10 +243,13 @@ std::vector<std::string> chat_stops(ChatStyle style) {
     case ChatStyle::deepseek_v2:
     case ChatStyle::deepseek_v3: return {std::string(kDeepseekEnd)};
     case ChatStyle::llama2:
-    case ChatStyle::mistral: return {"</s>"};
-    case ChatStyle::llama3: return {"<|eot_id|>", "<|end_of_text|>"};
+    case ChatStyle::mistral:
+    case ChatStyle::mistral_v3: return {"</s>"};
+    case ChatStyle::llama3:
+    case ChatStyle::llama3_1: return {"<|eot_id|>", "<|end_of_text|>"};
     case ChatStyle::chatml:
     case ChatStyle::smollm2:
+    case ChatStyle::qwen1_5:
     case ChatStyle::qwen2:
     case ChatStyle::qwen2_5: return {"<|im_end|>", "<|endoftext|>"};
   }

@@ -13,7 +13,7 @@ struct Message {
   std::string content;
 };
 
-enum class ChatStyle { deepseek_v2, deepseek_v3, llama2, llama3, mistral, chatml, smollm2, qwen2, qwen2_5 };
+enum class ChatStyle { deepseek_v2, deepseek_v3, llama2, llama3, llama3_1, mistral, mistral_v3, chatml, smollm2, qwen1_5, qwen2, qwen2_5 };
 
 ChatStyle parse_chat_style(std::string_view name);               // raises Error that names the choices
 ChatStyle recognise_chat_style(std::string_view template_text);  // raises Error that names the choices
