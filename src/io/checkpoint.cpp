@@ -5,6 +5,7 @@
 #include "core/memory.h"
 #include "io/gguf.h"
 #include "io/json.h"
+#include "io/listing.h"
 #include "io/names.h"
 #include "io/safetensors.h"
 
@@ -89,10 +90,11 @@ void Checkpoint::State::open_shards(const fs::path& index) {
   std::map<std::string, size_t> shards;  // and how many tensors the index puts there
   const json& weight_map = root["weight_map"];
   for (const auto& [tensor, shard] : weight_map.items()) {
+    if (!is_printable(tensor)) fail_input("{}: the name of a tensor has control characters", index.string());
     if (!shard.is_string()) fail_input("{} gives no file name for the tensor {}", index.string(), tensor);
     const auto& name = shard.get_ref<const std::string&>();
     if (!is_plain_name(name))
-      fail_input("{} puts the tensor {} into \"{}\", which is no file of this folder", index.string(), tensor, name);
+      fail_input("{} puts the tensor {} into {}, which is no file of this folder", index.string(), tensor, shard.dump());
     ++shards[name];
   }
   if (shards.size() > max_shards) fail_input("{} names {} files; at most {} are read", index.string(), shards.size(), max_shards);

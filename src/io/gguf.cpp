@@ -137,7 +137,7 @@ class Parser {
     const std::string_view bytes = reader_.string();
     if (bytes.empty() || bytes.size() > max_key)
       fail_input("{} has a metadata key of {} bytes; 1 to {} are allowed", out_.what, bytes.size(), max_key);
-    if (bytes.find('\0') != bytes.npos) fail_input("{} has a metadata key with a zero byte", out_.what);
+    if (!is_printable(bytes)) fail_input("{} has a metadata key with control characters", out_.what);
     const std::string key = text(bytes).get<std::string>();
     const auto type = reader_.value<uint32_t>();
     if (out_.values.contains(key) || out_.arrays.contains(key)) fail_input("{} has the metadata key {} twice", out_.what, key);

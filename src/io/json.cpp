@@ -26,7 +26,7 @@ class Builder : public nlohmann::json_sax<json> {
   bool end_object() override { return open_.pop_back(), true; }
   bool end_array() override { return open_.pop_back(), true; }
   bool key(string_t& name) override {
-    if (open_.back()->contains(name)) fail_input("{} has the key \"{}\" twice in one object", what_, name);
+    if (open_.back()->contains(name)) fail_input("{} has the key {} twice in one object", what_, json(name).dump());
     key_ = std::move(name);
     return true;
   }

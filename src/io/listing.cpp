@@ -8,6 +8,10 @@
 
 namespace mla {
 
+bool is_printable(std::string_view name) {
+  return std::none_of(name.begin(), name.end(), [](char c) { return uint8_t(c) < 0x20 || c == 0x7f; });
+}
+
 std::string describe(const std::vector<int64_t>& shape) {
   std::string text = "[";
   for (size_t i = 0; i < shape.size(); ++i) text += fmt::format("{}{}", i ? ", " : "", shape[i]);
@@ -20,6 +24,7 @@ void check_extents(const std::vector<ListedTensor>& tensors, uint64_t data_begin
   std::vector<const ListedTensor*> order;
   order.reserve(tensors.size());
   for (const ListedTensor& t : tensors) {
+    if (!is_printable(t.name)) fail_input("{}: the name of a tensor has control characters", what);
     if (!names.insert(t.name).second) fail_input("{} lists the tensor {} twice", what, t.name);
     uint64_t end;
     if (t.begin < data_begin || !add(t.begin, t.bytes, end) || end > file_bytes)

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace mla {
@@ -23,11 +24,14 @@ struct ListedTensor {
 inline bool multiply(uint64_t a, uint64_t b, uint64_t& product) { return !__builtin_mul_overflow(a, b, &product); }
 inline bool add(uint64_t a, uint64_t b, uint64_t& sum) { return !__builtin_add_overflow(a, b, &sum); }
 
+// No control characters: names end up in messages on somebody's terminal.
+bool is_printable(std::string_view name);
+
 // "[2, 3]"
 std::string describe(const std::vector<int64_t>& shape);
 
-// Raises Error where two tensors share bytes, where one leaves the file, where a name comes twice and, with `no_holes`,
-// where the tensors do not fill [data_begin, file_bytes) to the last byte. `what` names the file.
+// Raises Error where two tensors share bytes, where one leaves the file, where a name comes twice or cannot be printed and, with
+// `no_holes`, where the tensors do not fill [data_begin, file_bytes) to the last byte. `what` names the file.
 void check_extents(const std::vector<ListedTensor>& tensors, uint64_t data_begin, uint64_t file_bytes, bool no_holes,
                    std::string_view what);
 

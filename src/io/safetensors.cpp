@@ -46,7 +46,7 @@ const Type& type_of(const json& entry, std::string_view what, const std::string&
   if (!text.is_string()) fail_input("{}: the dtype of the tensor {} is no string", what, name);
   for (const Type& type : types)
     if (type.name == text.get_ref<const std::string&>()) return type;
-  fail_input("{}: the tensor {} has the type {}, which is not known", what, name, text.get_ref<const std::string&>());
+  fail_input("{}: the tensor {} has the type {}, which is not known", what, name, text.dump());
 }
 
 ListedTensor list_one(const std::string& name, const json& entry, uint64_t data_begin, std::string_view what) {
