@@ -1,0 +1,247 @@
+// Row by row from a source (a checkpoint's tensors, or random numbers) through an encoder to a writer, with all threads.
+#include "model/make.h"
+
+#include "core/check.h"
+#include "core/quant.h"
+#include "core/random.h"
+#include "core/threads.h"
+#include "io/checkpoint.h"
+#include "io/json.h"
+#include "io/writer.h"
+#include "model/make_plan.h"
+#include "model/make_source.h"
+#include "model/make_tokenizer.h"
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <fstream>
+#include <iterator>
+
+namespace mla {
+namespace {
+
+using nlohmann::json;
+namespace fs = std::filesystem;
+
+int64_t rows_of(const TensorPlan& plan) {
+  int64_t rows = 1;
+  for (size_t i = 0; i + 1 < plan.shape.size(); ++i) rows *= plan.shape[i];
+  return rows;
+}
+
+// Encodes one row in the plan's type; scratch holds a row of f32.
+using EncodeRow = std::function<void(int64_t row, float* scratch, std::byte* to)>;
+// Called when the tensor's turn comes; what it needs lives in what it returns.
+using OpenTensor = std::function<EncodeRow(const TensorPlan& plan)>;
+
+// Writes the tensors in order, some megabytes at a time: the threads encode a batch, then it goes to the file.
+void write_tensors(ModelWriter& writer, const std::vector<TensorPlan>& plans, const OpenTensor& open, Threads& threads,
+                   const Progress& progress) {
+  constexpr int64_t batch_bytes = 32 << 20, task_elements = 1 << 16;
+  double total = 0, done = 0;
+  for (const TensorPlan& plan : plans) total += double(rows_of(plan)) * double(plan.shape.back());
+  std::vector<std::byte> batch;
+  std::vector<std::vector<float>> scratch(size_t(threads.count()));
+  for (const TensorPlan& plan : plans) {
+    const EncodeRow encode = open(plan);
+    const int64_t rows = rows_of(plan), cols = plan.shape.back(), bytes = row_bytes(plan.dtype, cols);
+    const int64_t batch_rows = std::clamp<int64_t>(batch_bytes / bytes, 1, rows), task_rows = std::max<int64_t>(task_elements / cols, 1);
+    batch.resize(size_t(batch_rows * bytes));
+    for (auto& s : scratch) s.resize(size_t(cols));
+    for (int64_t first = 0; first < rows; first += batch_rows) {
+      const int64_t n = std::min(batch_rows, rows - first);
+      threads.parallel((n + task_rows - 1) / task_rows, [&](int64_t task, int thread) {
+        for (int64_t r = task * task_rows; r < std::min(n, (task + 1) * task_rows); ++r)
+          encode(first + r, scratch[size_t(thread)].data(), batch.data() + r * bytes);
+      });
+      writer.append(std::span(batch).first(size_t(n * bytes)));
+      done += double(n) * double(cols);
+      if (progress) progress(done / total);
+    }
+  }
+  writer.finish();
+}
+
+Made summary(const std::vector<TensorPlan>& plans, std::vector<std::string> notes) {
+  Made made{int64_t(plans.size()), 0, std::move(notes)};
+  for (const TensorPlan& plan : plans) made.bytes += rows_of(plan) * row_bytes(plan.dtype, plan.shape.back());
+  return made;
+}
+
+void check_hf_type(DType type) {
+  if (type != DType::f32 && type != DType::f16 && type != DType::bf16)
+    fail_input("an HF folder holds f32, f16 or bf16, not {}; name a .gguf file for quantised types", info(type).name);
+}
+
+// 65536 normal quantiles: two random bytes pick one, which is far cheaper than a logarithm and a cosine for each element.
+class NormalTable {
+ public:
+  NormalTable() : quantile_(65536) {
+    double x = 0;
+    for (size_t i = 0; i < 32768; ++i) {  // from the median up, by Newton's method on the distribution function
+      const double p = 0.5 + (double(i) + 0.5) / 65536;
+      for (int step = 0; step < 3; ++step) x += (p - 0.5 * std::erfc(-x * std::sqrt(0.5))) / (0.3989422804014327 * std::exp(-x * x / 2));
+      quantile_[32768 + i] = float(x);
+      quantile_[32767 - i] = float(-x);
+    }
+  }
+
+  void fill(uint64_t seed, uint64_t first, float scale, float* to, int64_t n) const {
+    for (int64_t i = 0; i < n; i += 4) {
+      uint64_t bits = random_bits(seed, first + uint64_t(i / 4));
+      for (int64_t j = i; j < std::min(n, i + 4); ++j, bits >>= 16) to[j] = scale * quantile_[bits & 0xffff];
+    }
+  }
+
+ private:
+  std::vector<float> quantile_;
+};
+
+uint64_t hash(std::string_view text) {  // FNV-1a
+  uint64_t h = 0xcbf29ce484222325ull;
+  for (char c : text) h = (h ^ uint8_t(c)) * 0x100000001b3ull;
+  return h;
+}
+
+EncodeRow random_row(const TensorPlan& plan, uint64_t seed, const NormalTable& normal) {
+  const int64_t cols = plan.shape.back();
+  const DType type = plan.dtype;
+  if (plan.name.ends_with("norm")) {
+    return [=](int64_t, float* scratch, std::byte* to) {
+      std::fill_n(scratch, cols, 1.0f);
+      quantise(type, scratch, to, cols);
+    };
+  }
+  const uint64_t own = random_bits(seed, hash(plan.name));
+  const float scale = plan.shape.size() == 1 ? 0.1f : float(1 / std::sqrt(double(cols)));  // biases: small
+  return [=, &normal](int64_t row, float* scratch, std::byte* to) {
+    normal.fill(own, uint64_t(row) * uint64_t((cols + 3) / 4), scale, scratch, cols);
+    quantise(type, scratch, to, cols);
+  };
+}
+
+EncodeRow fixed_row(std::vector<float> values, DType type) {
+  return [values = std::move(values), type](int64_t, float*, std::byte* to) { quantise(type, values.data(), to, int64_t(values.size())); };
+}
+
+EncodeRow checkpoint_row(TensorSource source, DType type, int64_t cols) {
+  return [source = std::move(source), type, cols](int64_t row, float* scratch, std::byte* to) {
+    if (const StoredRow stored = source.row(row); stored.type == type) {
+      std::copy_n(stored.data, row_bytes(type, cols), to);
+    } else {
+      dequantise(stored.type, stored.data, scratch, cols);
+      quantise(type, scratch, to, cols);
+    }
+  };
+}
+
+std::vector<std::string> biases_of(const Checkpoint& checkpoint) {
+  std::vector<std::string> names;
+  for (const StoredTensor& t : checkpoint.tensors())
+    if (t.name.ends_with(".bias")) names.push_back(t.name);
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+// GGUF says less about YaRN than HF: llama.cpp takes both mscales as equal and the betas as 32 and 1.
+void note_what_gguf_loses(const Config& c, std::vector<std::string>& notes) {
+  const RopeScaling& s = c.rope_scaling;
+  if (s.type == RopeScaling::Type::yarn && (s.mscale != s.mscale_all_dim || s.attention_factor != 0))
+    notes.push_back(
+        fmt::format("GGUF cannot say mscale {} beside mscale_all_dim {}: readers take them as equal", s.mscale, s.mscale_all_dim));
+  if (c.is_mla() && c.latent_norm_eps != c.rms_norm_eps)
+    notes.push_back(fmt::format("llama.cpp normalises latents with eps {} where this model has {}", c.rms_norm_eps, c.latent_norm_eps));
+}
+
+}  // namespace
+
+Made make_random(const Config& config, const fs::path& out, DType type, uint64_t seed, Threads& threads, const Progress& progress) {
+  const bool gguf = out.extension() == ".gguf";
+  if (!gguf) check_hf_type(type);
+  std::vector<std::string> notes;
+  const std::vector<TensorPlan> plans = plan_tensors(config, gguf ? Format::gguf : Format::hf, type, implied_biases(config), notes);
+  std::unique_ptr<ModelWriter> writer;
+  if (gguf) {
+    json metadata = to_gguf_metadata(config);
+    describe_file(metadata, type);
+    metadata["general.name"] = fmt::format("random, seed {}", seed);
+    stand_in_tokenizer(config, metadata);
+    note_what_gguf_loses(config, notes);
+    writer = write_gguf(out, metadata, plans);
+  } else {
+    json hf = to_hf_config(config);
+    hf["torch_dtype"] = type == DType::f32 ? "float32" : type == DType::f16 ? "float16" : "bfloat16";
+    writer = write_hf(out, hf, plans, {});
+  }
+  const NormalTable normal;
+  auto open = [&](const TensorPlan& plan) {
+    if (plan.name == "rope_freqs") return fixed_row(rope_divisors(config), plan.dtype);
+    return random_row(plan, seed, normal);
+  };
+  write_tensors(*writer, plans, open, threads, progress);
+  return summary(plans, std::move(notes));
+}
+
+namespace {
+
+// A checkpoint's tensors, in the order of rows that a format wants.
+OpenTensor from_checkpoint(const Checkpoint& checkpoint, const Config& config, bool pairs) {
+  return [&checkpoint, &config, pairs](const TensorPlan& plan) {
+    if (plan.name == "rope_freqs" && !checkpoint.find(plan.name)) return fixed_row(rope_divisors(config), plan.dtype);
+    return checkpoint_row(open_source(checkpoint, config, plan, pairs), plan.dtype, plan.shape.back());
+  };
+}
+
+}  // namespace
+
+Made quantize_model(const Checkpoint& checkpoint, const fs::path& out, DType type, Threads& threads, const Progress& progress) {
+  if (!can_quantise(type))
+    fail_input("files of type {} cannot be written; choose q8_0, q4_0, q4_1, q6_k, bf16, f16 or f32", info(type).name);
+  if (fs::exists(out) && fs::equivalent(out, checkpoint.path())) fail_input("{} is the model itself; name another file", out.string());
+  const Config config = read_config(checkpoint);
+  std::vector<std::string> notes;
+  std::vector<TensorPlan> plans = plan_tensors(config, Format::gguf, type, biases_of(checkpoint), notes);
+  if (checkpoint.find("rope_freqs") && config.rope_scaling.type != RopeScaling::Type::llama3)
+    plans.push_back({"rope_freqs", DType::f32, {config.rope_dim() / 2}});
+  json metadata = to_gguf_metadata(config);
+  describe_file(metadata, type);
+  if (!carry_tokenizer(checkpoint, config, metadata, notes)) stand_in_tokenizer(config, metadata);
+  if (checkpoint.format() == Format::hf) note_what_gguf_loses(config, notes);
+  const auto writer = write_gguf(out, metadata, plans);
+  const bool pairs = config.is_mla() || config.family != Family::qwen2;
+  write_tensors(*writer, plans, from_checkpoint(checkpoint, config, pairs), threads, progress);
+  return summary(plans, std::move(notes));
+}
+
+Made export_hf(const Checkpoint& checkpoint, const fs::path& folder, DType type, Threads& threads, const Progress& progress) {
+  check_hf_type(type);
+  Config config = read_config(checkpoint);
+  if (const StoredTensor* divisors = checkpoint.find("rope_freqs")) recover_llama3(config, *divisors);
+  std::vector<std::string> notes;
+  const std::vector<TensorPlan> plans = plan_tensors(config, Format::hf, type, biases_of(checkpoint), notes);
+  std::vector<SideFile> files;
+  for (const char* name : {"tokenizer.json", "tokenizer_config.json", "generation_config.json"})
+    if (checkpoint.format() == Format::hf)
+      if (auto text = checkpoint.text(name)) files.push_back({name, std::move(*text)});
+  if (checkpoint.format() == Format::gguf) notes.emplace_back("the GGUF's vocabulary is not exported; the folder runs on token ids");
+  json hf = to_hf_config(config);
+  hf["torch_dtype"] = type == DType::f32 ? "float32" : type == DType::f16 ? "float16" : "bfloat16";
+  const auto writer = write_hf(folder, hf, plans, files);
+  write_tensors(*writer, plans, from_checkpoint(checkpoint, config, config.is_mla()), threads, progress);
+  return summary(plans, std::move(notes));
+}
+
+Config read_config_file(const fs::path& path) {
+  const fs::path file = fs::is_directory(path) ? path / "config.json" : path;
+  std::error_code error;
+  if (fs::file_size(file, error) > (1 << 20) && !error) fail_input("{} is too large for a config.json", file.string());
+  std::ifstream in(file, std::ios::binary);
+  if (!in) fail_input("cannot read {}", file.string());
+  const std::string text{std::istreambuf_iterator<char>(in), {}};
+  return parse_hf_config(parse_json(text, file.string()));
+}
+
+}  // namespace mla
