@@ -248,8 +248,12 @@ std::vector<AddedToken> read_added(Tokenizer::State& state, const json& root) {
     AddedToken token;
     token.spelling = text(entry, "content");
     if (token.spelling.empty()) continue;
-    state.set(integer(*id, "id"), token.spelling);
-    token.id = int32_t(id->get<int64_t>());
+    const int64_t at = integer(*id, "id");
+    const bool taken = at >= 0 && at < int64_t(state.spellings.size()) && !state.spellings[size_t(at)].empty();
+    if (taken && state.spellings[size_t(at)] != token.spelling)
+      fail_input("added token \"{}\" has the id {} of the token \"{}\"", token.spelling, at, state.spellings[size_t(at)]);
+    state.set(at, token.spelling);
+    token.id = int32_t(at);
     token.special = flag(entry, "special", false);
     token.normalized = flag(entry, "normalized", !token.special);
     token.single_word = flag(entry, "single_word", false);
