@@ -1,0 +1,78 @@
+// Attention on the CPU: what a leaf's kernels do for one unit of work, and the sizes that the planner and the kernels share.
+// docs/cpu-attention.md explains the two forms and their blocking.
+#pragma once
+
+#include "device/attention.h"
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mla {
+
+// Context is met in tiles of this many rows; scores, weights and staged rows of a tile stay in the first-level caches.
+constexpr int attention_tile = 64;
+// Query rows of one unit in the form "lanes": vectors of 16.
+constexpr int attention_vectors = 8;
+// Spans with at most this many query rows per cache head take the form "rows".
+constexpr int attention_few_rows = 4;
+// A long context is split into at most this many pieces.
+constexpr int attention_pieces = 32;
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Queries of one span that read the same cache heads, and a stretch of the context. Query row r is token r / group and query head
+// head · group + r % group. The result is a state: what an online softmax has gathered, ready to be merged and divided.
+struct AttentionUnit {
+  const Kv* kv;
+  const Span* span;
+  Mask mask;
+  float scale;
+  const float* q;  // the span's first token, head 0
+  int64_t q_token, q_head;
+  int group;        // query heads of one cache head
+  int head, heads;  // cache heads; one in the form "lanes"
+  int first, rows;  // query rows
+  int from, to;     // rows of the context
+  float* state;
+  std::byte* scratch;
+};
+
+// A state of 16 query rows ("lanes") is [top 16][total 16][o: d_v padded × 16]; of one ("rows") it is [top, total, …16][o: d_v padded].
+constexpr int64_t attention_width(const KvLayout& layout) { return round_up(layout.d_v, 32); }
+constexpr int64_t lanes_state(const KvLayout& layout) { return 32 + attention_width(layout) * 16; }
+constexpr int64_t rows_state(const KvLayout& layout) { return 16 + attention_width(layout); }
+
+// Merges the states of a unit's pieces of context, in order, with what o holds if `merge`, and divides: elements [from, to) of o.
+struct AttentionFinish {
+  const float* state;  // of the first piece
+  int64_t piece;       // floats from one piece's state to the next
+  int pieces;
+  int rows;  // up to 16 in the form "lanes", 1 in the form "rows"
+  int from, to;
+  bool merge;
+  float* const* o;          // [rows], each [d_v]
+  const float* const* lse;  // [rows], read if merge
+  float* lse_out;           // [rows]; may be null
+};
+
+struct AttentionKernels {
+  void (*lanes)(const AttentionUnit&);
+  void (*rows)(const AttentionUnit&);
+  void (*finish_lanes)(const AttentionFinish&);
+  void (*finish_rows)(const AttentionFinish&);
+  // One row of the cache from and to f32.
+  void (*write_row)(const KvFormat&, const float* from, std::byte* to);
+  void (*read_row)(const KvFormat&, const std::byte* from, float* to);
+};
+
+// Bytes of scratch a unit needs, whatever the instruction set.
+constexpr int64_t attention_scratch(const KvLayout& layout) {
+  const int64_t d_k = round_up(layout.d_k, 32), d_v = round_up(layout.d_v, 32), wide = d_k > d_v ? d_k : d_v;
+  const int64_t rows = attention_tile * 4 * int64_t(sizeof(void*));
+  const int64_t in_lanes = attention_vectors * 16 * d_k * 4, in_rows = layout.heads * attention_few_rows * d_k * 4;
+  const int64_t queries = in_lanes > in_rows ? in_lanes : in_rows, staged = 2 * attention_tile * wide * 4 + attention_tile * d_v * 4;
+  const int64_t scores = 2 * attention_vectors * attention_tile * 16 * 4;
+  return round_up(rows, 64) + queries + staged + scores + 4096;
+}
+
+}  // namespace mla

@@ -1,0 +1,340 @@
+// Attention, form "lanes": query rows are the lanes of a vector and the softmax is vertical, so that prefill, absorbed decode and every
+// head count are one kernel. Keys are read where they lie in the cache; a tile serves the scores and the sums of all queries of a unit.
+#pragma once
+
+#include "cpu/attention_rows_kernels.h"
+
+namespace mla {
+namespace {
+
+// How the products run: whole f32, or pairs of bf16 summed in f32. A panel is [steps][16 lanes][depth].
+struct InF32 {
+  using Element = float;
+  static constexpr int depth = 1;
+  static f32x16 panel(const float* p) { return load(p); }
+  static f32x16 spread(const float* p) { return splat(*p); }
+  static f32x16 dot(f32x16 acc, f32x16 a, f32x16 b) { return fma(a, b, acc); }
+};
+struct InBf16 {
+  using Element = uint16_t;
+  static constexpr int depth = 2;
+  static bf16x32 panel(const uint16_t* p) { return load_bf16x32(p); }
+  static bf16x32 spread(const uint16_t* p) { return splat_bf16_pair(p); }
+  static f32x16 dot(f32x16 acc, bf16x32 a, bf16x32 b) { return dot_bf16(acc, a, b); }
+};
+
+// Steps of a panel whose keys fill one cache line.
+template <class In>
+constexpr int64_t line_steps = 64 / int64_t(sizeof(typename In::Element)) / In::depth;
+
+// scores[c][r] = Σ_step q[c][step] · keys[r][step] for R rows and C vectors; `next` are rows to fetch meanwhile, or null.
+template <class In, int R, int C, class T = typename In::Element>
+inline void score_block(const T* q, int64_t q_vector, int64_t steps, const T* const* keys, const T* const* next, float* scores) {
+  f32x16 acc[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) acc[r][c] = zero_f32();
+  const T* key[R];
+  for (int r = 0; r < R; ++r) key[r] = keys[r];
+  for (int64_t line = 0; line < steps; line += line_steps<In>) {
+    if (next)
+      for (int r = 0; r < R; ++r) prefetch(next[r] + line * In::depth);
+    const int64_t end = line + line_steps<In> < steps ? line + line_steps<In> : steps;
+    for (int64_t s = line; s < end; ++s) {
+      decltype(In::panel(q)) vector[C];
+      for (int c = 0; c < C; ++c) vector[c] = In::panel(q + c * q_vector + s * 16 * In::depth);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const auto element = In::spread(key[r] + s * In::depth);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) acc[r][c] = In::dot(acc[r][c], vector[c], element);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) store(scores + c * attention_tile * 16 + r * 16, acc[r][c]);
+}
+
+// o[c][d + i] = o[c][d + i] · shrink[c] + Σ_step weights[c][step] · values[step][d + i] for D elements and C vectors.
+template <class In, int D, int C, class T = typename In::Element>
+inline void value_block(const T* weights, int64_t steps, const T* const* values, int64_t d, const f32x16* shrink, float* const* o) {
+  f32x16 acc[D][C];
+  for (int i = 0; i < D; ++i)
+    for (int c = 0; c < C; ++c) acc[i][c] = load(o[c] + (d + i) * 16) * shrink[c];
+  for (int64_t s = 0; s < steps; ++s) {
+    decltype(In::panel(weights)) vector[C];
+    for (int c = 0; c < C; ++c) vector[c] = In::panel(weights + c * attention_tile * 16 + s * 16 * In::depth);
+    const T* value = values[s] + d * In::depth;
+#pragma GCC unroll 16
+    for (int i = 0; i < D; ++i) {
+      const auto element = In::spread(value + i * In::depth);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[i][c] = In::dot(acc[i][c], vector[c], element);
+    }
+  }
+  for (int i = 0; i < D; ++i)
+    for (int c = 0; c < C; ++c) store(o[c] + (d + i) * 16, acc[i][c]);
+}
+
+inline void put_panel(float* panel, f32x16 even, f32x16 odd) { store(panel, even), store(panel + 16, odd); }
+inline void put_panel(uint16_t* panel, f32x16 even, f32x16 odd) { store_bf16x32(panel, pair_bf16(even, odd)); }
+
+// Query rows [first, first + 16) as a panel, times scale; lanes beyond the unit's rows are zeros.
+template <class T>
+inline void pack_queries(const AttentionUnit& u, int first, T* panel) {
+  const int d_k = u.kv->format.layout.d_k;
+  const float* row[16];
+  const int rows = u.first + u.rows - first < 16 ? u.first + u.rows - first : 16;
+  for (int i = 0; i < rows; ++i)
+    row[i] = u.q + (first + i) / u.group * u.q_token + (int64_t(u.head) * u.group + (first + i) % u.group) * u.q_head;
+  const f32x16 scale = splat(u.scale);
+  for (int d = 0; d < d_k; d += 16) {
+    f32x16 block[16];
+    for (int i = 0; i < 16; ++i) block[i] = i >= rows ? zero_f32() : scale * (d_k - d < 16 ? load(row[i] + d, d_k - d) : load(row[i] + d));
+    transpose(block);
+    for (int i = 0; i < 16; i += 2) put_panel(panel + (d + i) * 16, block[i], block[i + 1]);
+  }
+}
+
+// The softmax of a tile: scores [n padded][16] become weights (a panel of T, in place for f32), top and total move on. Returns by how
+// much the sums so far shrink. Rows at and beyond n weigh nothing.
+template <class T>
+inline f32x16 softmax_tile(float* scores, int n, int padded, float* top_total, T* weights) {
+  const float none = -__builtin_inff();
+  for (int t = n; t < padded; ++t) store(scores + t * 16, splat(none));
+  const f32x16 before = load(top_total);
+  f32x16 most = before, other = before;
+  for (int t = 0; t < padded; t += 2) most = max(most, load(scores + t * 16)), other = max(other, load(scores + t * 16 + 16));
+  most = max(most, other);
+  // Where nothing was seen yet the top is -inf: any finite number does for the differences.
+  const f32x16 base = where_less(splat(none), most, most, zero_f32());
+  f32x16 even = zero_f32(), odd = zero_f32();
+  for (int t = 0; t < padded; t += 2) {
+    const f32x16 p = exp(load(scores + t * 16) - base), q = exp(load(scores + t * 16 + 16) - base);
+    even = even + p, odd = odd + q;
+    put_panel(weights + t * 16, p, q);
+  }
+  const f32x16 shrink = exp(before - base);
+  store(top_total, most);
+  store(top_total + 16, fma(load(top_total + 16), shrink, even + odd));
+  return shrink;
+}
+
+// Lanes [first, first + 16) of a tile of n rows that starts at position `start`: scores of rows a lane may not see become -inf.
+inline void mask_tile(const AttentionUnit& u, int first, int64_t start, int n, float* scores) {
+  float last[16], earliest[16];
+  for (int i = 0; i < 16; ++i) {
+    const int64_t at = query_position(u, first + i) - start, edge = u.mask.window > 0 ? at - u.mask.window + 1 : 0;
+    last[i] = float(!u.mask.causal || at > n ? n : at < -1 ? -1 : at);
+    earliest[i] = float(edge < 0 ? 0 : edge > n ? n : edge);
+  }
+  const f32x16 none = splat(-__builtin_inff()), to = load(last), from = load(earliest);
+  for (int t = 0; t < n; ++t) {
+    const f32x16 at = splat(float(t)), s = load(scores + t * 16);
+    store(scores + t * 16, where_less(to, at, none, where_less(at, from, none, s)));
+  }
+}
+
+// A tile of the context as the products read it.
+template <class In>
+struct LaneTile {
+  using T = typename In::Element;
+  const T* key[attention_tile];                // rows padded to a multiple of 8 with the last one
+  const T* next_key[attention_tile];           // of the tile that follows; valid if `ahead`
+  const T* value[attention_tile / In::depth];  // per step
+  bool ahead;
+  int n, padded;
+};
+
+template <class In, int C, class T = typename In::Element>
+inline void attend_group(const AttentionUnit& u, const LaneTile<In>& tile, int64_t start, int vector, const T* q, float* scores, T* weights,
+                         bool fetch) {
+  constexpr int R = vector_registers < 32 ? 4 : C < 4 ? 8 : 4, D = (vector_registers < 32 ? 4 : 16) / C;
+  const KvLayout& l = u.kv->format.layout;
+  const int64_t width = round_up(l.d_v, 16), q_vector = round_up(l.d_k, 32) * 16, steps = (l.d_k + In::depth - 1) / In::depth;
+  const int first = u.first + vector * 16, rows = u.first + u.rows - first < 16 * C ? u.first + u.rows - first : 16 * C;
+  const int64_t low = query_position(u, first), high = query_position(u, first + rows - 1);
+  if (u.mask.causal && start > high) return;
+  if (u.mask.window > 0 && start + tile.n <= low - u.mask.window + 1) return;
+
+  for (int r = 0; r < tile.padded; r += R)
+    score_block<In, R, C>(q + vector * q_vector, q_vector, steps, tile.key + r, fetch && tile.ahead ? tile.next_key + r : nullptr,
+                          scores + r * 16);
+  f32x16 shrink[C];
+  float* o[C];
+  const bool masked = (u.mask.causal && start + tile.n - 1 > low) || (u.mask.window > 0 && start <= high - u.mask.window);
+  for (int c = 0; c < C; ++c) {
+    float *state = u.state + (vector + c) * lanes_state(l), *s = scores + c * attention_tile * 16;
+    if (masked) mask_tile(u, first + 16 * c, start, tile.n, s);
+    shrink[c] = softmax_tile(s, tile.n, tile.padded, state, weights + c * attention_tile * 16);
+    o[c] = state + 32;
+  }
+  const int64_t value_steps = (tile.n + In::depth - 1) / In::depth;
+  for (int64_t d = 0; d < width; d += D) value_block<In, D, C>(weights, value_steps, tile.value, d, shrink, o);
+}
+
+template <class In>
+inline void load_tile(const AttentionUnit& u, int from, int n, int next, typename In::Element* key_room, typename In::Element* value_room,
+                      LaneTile<In>& tile) {
+  using T = typename In::Element;
+  const KvFormat& f = u.kv->format;
+  const KvLayout& l = f.layout;
+  const int64_t key_step = round_up(l.d_k > l.d_v ? l.d_k : l.d_v, 32), value_step = round_up(l.d_v, 32);
+  const bool keys_lie = lies_as<T>(f) && l.d_k % In::depth == 0;
+  const std::byte *row[attention_tile], *ahead[attention_tile];
+  find_rows(*u.kv, *u.span, from, n, row);
+  find_rows(*u.kv, *u.span, from + n, next, ahead);
+  tile.n = n, tile.padded = int(round_up(n, 8)), tile.ahead = keys_lie && next > 0;
+  for (int t = 0; t < n; ++t) {
+    const std::byte* after = next > 0 ? ahead[t < next ? t : next - 1] : nullptr;
+    if (keys_lie) {
+      tile.key[t] = reinterpret_cast<const T*>(row[t]) + int64_t(u.head) * l.d_k;
+      tile.next_key[t] = reinterpret_cast<const T*>(after) + int64_t(u.head) * l.d_k;
+    } else {
+      read_key<true>(f, row[t], u.head, key_room + t * key_step);
+      tile.key[t] = key_room + t * key_step;
+      if (after) prefetch_key(f, after, u.head);
+    }
+    if (after && !l.v_in_k) prefetch_value(f, after, u.head);
+  }
+  for (int t = n; t < tile.padded; ++t) {
+    tile.key[t] = tile.key[n - 1];
+    if (keys_lie) tile.next_key[t] = tile.next_key[n - 1];
+  }
+
+  // Values: where they lie if they need no change, else copied in f32, or in bf16 with the rows of a step side by side.
+  const bool values_lie = lies_as<T>(f) && l.d_v % (In::depth == 1 ? 16 : 32) == 0;
+  const int64_t first_value = l.v_in_k ? int64_t(u.head) * l.d_k : int64_t(l.heads) * l.d_k + int64_t(u.head) * l.d_v;
+  const T* source[attention_tile];
+  T* copies = key_room + attention_tile * key_step;
+  for (int t = 0; t < n; ++t) {
+    if (values_lie) {
+      source[t] = reinterpret_cast<const T*>(row[t]) + first_value;
+    } else if (l.v_in_k && !keys_lie) {
+      source[t] = tile.key[t];
+    } else {
+      if (l.v_in_k)
+        read_key<true>(f, row[t], u.head, copies + t * key_step);
+      else
+        read_value<true>(f, row[t], u.head, copies + t * key_step);
+      source[t] = copies + t * key_step;
+    }
+  }
+  for (int t = 0; t < n; t += In::depth) {
+    if constexpr (In::depth == 1) {
+      tile.value[t] = source[t];
+    } else {
+      T* to = value_room + t * value_step;
+      const T *a = source[t], *b = source[t + 1 < n ? t + 1 : t];
+      for (int64_t d = 0; d < l.d_v; d += 32) {
+        const bf16x32 x = load_bf16x32(a + d), y = load_bf16x32(b + d);
+        store_bf16x32(to + 2 * d, interleave_low(x, y));
+        store_bf16x32(to + 2 * d + 32, interleave_high(x, y));
+      }
+      tile.value[t / 2] = to;
+    }
+  }
+}
+
+template <class In>
+inline void attend_lanes_in(const AttentionUnit& u) {
+  using T = typename In::Element;
+  const KvLayout& l = u.kv->format.layout;
+  const int vectors = (u.rows + 15) / 16;
+  const int64_t q_vector = round_up(l.d_k, 32) * 16, key_step = round_up(l.d_k > l.d_v ? l.d_k : l.d_v, 32);
+  auto* tile = reinterpret_cast<LaneTile<In>*>(u.scratch);
+  auto* scores = reinterpret_cast<float*>(u.scratch + round_up(sizeof(LaneTile<In>), 64));
+  auto* weights = reinterpret_cast<T*>(scores + attention_vectors * attention_tile * 16);
+  auto* q = reinterpret_cast<T*>(reinterpret_cast<float*>(weights) + attention_vectors * attention_tile * 16);
+  T* key_room = q + attention_vectors * q_vector;
+  T* value_room = key_room + 2 * attention_tile * key_step;
+  for (int v = 0; v < vectors; ++v) {
+    float* state = u.state + v * lanes_state(l);
+    store(state, splat(-__builtin_inff()));
+    std::memset(state + 16, 0, size_t(lanes_state(l) - 16) * sizeof(float));
+    pack_queries(u, u.first + 16 * v, q + v * q_vector);
+  }
+  const Range seen = visible_rows(u, u.first, u.first + u.rows - 1);
+  for (int from = seen.from; from < seen.to; from += attention_tile) {
+    const int n = seen.to - from < attention_tile ? seen.to - from : attention_tile;
+    const int left = seen.to - from - n, next = left < attention_tile ? left : attention_tile;
+    load_tile(u, from, n, next, key_room, value_room, *tile);
+    const int64_t start = int64_t(u.span->kv_position) + from;
+    constexpr bool wide = vector_registers >= 32;
+    int v = 0;
+    for (; wide && v + 4 <= vectors; v += 4) attend_group<In, wide ? 4 : 1>(u, *tile, start, v, q, scores, weights, v == 0);
+    for (; wide && v + 2 <= vectors; v += 2) attend_group<In, wide ? 2 : 1>(u, *tile, start, v, q, scores, weights, v == 0);
+    for (; v < vectors; ++v) attend_group<In, 1>(u, *tile, start, v, q, scores, weights, v == 0);
+  }
+}
+
+inline void attend_lanes(const AttentionUnit& u) {
+  if (isa_has_bf16 && u.kv->format.type != DType::f32)
+    attend_lanes_in<InBf16>(u);
+  else
+    attend_lanes_in<InF32>(u);
+}
+
+// What merging needs of one query row's pieces: their weights over the merged total, that of what o holds, and the new log-sum-exp.
+struct Merge {
+  float old = 0, lse;
+  template <class Top, class Total, class Weight>
+  Merge(int pieces, const float* lse_before, Top top, Total total, Weight weight) {
+    const float none = -__builtin_inff();
+    float most = lse_before ? *lse_before : none;
+    for (int i = 0; i < pieces; ++i) most = top(i) > most ? top(i) : most;
+    lse = none;
+    for (int i = 0; i < pieces; ++i) weight(i) = 0;
+    if (most == none) return;
+    double sum = lse_before ? std::exp(double(*lse_before) - most) : 0;
+    const double before = sum;
+    for (int i = 0; i < pieces; ++i) sum += (weight(i) = float(std::exp(double(top(i)) - most))) * double(total(i));
+    for (int i = 0; i < pieces; ++i) weight(i) = float(weight(i) / sum);
+    old = float(before / sum);
+    lse = float(most + std::log(sum));
+  }
+};
+
+inline void finish_lanes(const AttentionFinish& f) {
+  float weight[attention_pieces][16] = {}, old[16] = {};
+  for (int r = 0; r < f.rows; ++r) {
+    const Merge merge(
+        f.pieces, f.merge ? f.lse[r] : nullptr, [&](int i) { return f.state[i * f.piece + r]; },
+        [&](int i) { return f.state[i * f.piece + 16 + r]; }, [&](int i) -> float& { return weight[i][r]; });
+    old[r] = merge.old;
+    if (f.lse_out) f.lse_out[r] = merge.lse;
+  }
+  for (int d = f.from; d < f.to; d += 16) {
+    f32x16 block[16];
+    for (int i = 0; i < 16; ++i) block[i] = zero_f32();
+    for (int p = 0; p < f.pieces; ++p) {
+      const float* o = f.state + p * f.piece + 32 + d * 16;
+      const f32x16 w = load(weight[p]);
+      for (int i = 0; i < 16; ++i) block[i] = fma(w, load(o + i * 16), block[i]);
+    }
+    transpose(block);
+    const int n = f.to - d < 16 ? f.to - d : 16;
+    for (int r = 0; r < f.rows; ++r) {
+      const f32x16 x = f.merge ? fma(splat(old[r]), load(f.o[r] + d, n), block[r]) : block[r];
+      store(f.o[r] + d, x, n);
+    }
+  }
+}
+
+inline void finish_rows(const AttentionFinish& f) {
+  float weight[attention_pieces];
+  const Merge merge(
+      f.pieces, f.merge ? f.lse[0] : nullptr, [&](int i) { return f.state[i * f.piece]; }, [&](int i) { return f.state[i * f.piece + 1]; },
+      [&](int i) -> float& { return weight[i]; });
+  if (f.lse_out) *f.lse_out = merge.lse;
+  for (int d = f.from; d < f.to; d += 16) {
+    const int n = f.to - d < 16 ? f.to - d : 16;
+    f32x16 x = f.merge ? splat(merge.old) * load(f.o[0] + d, n) : zero_f32();
+    for (int p = 0; p < f.pieces; ++p) x = fma(splat(weight[p]), load(f.state + p * f.piece + 16 + d), x);
+    store(f.o[0] + d, x, n);
+  }
+}
+
+constexpr AttentionKernels attention_kernels() { return {attend_lanes, attend_rows, finish_lanes, finish_rows, write_row, read_row}; }
+
+}  // namespace
+}  // namespace mla
