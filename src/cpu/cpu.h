@@ -26,9 +26,7 @@ class CpuDevice final : public Device {
   void rope(Tensor x, Tensor cos_sin, bool interleaved) override;
   void copy(Tensor from, Tensor to) override;
   void store_expanded(Tensor kv, Tensor rotary, const Kv& to) override;
-  void copy(Tensor from, Tensor to) override;
   void store(Tensor rows, std::span<const int64_t> slots, const Kv& kv) override;
-  void store_expanded(Tensor kv, Tensor rotary, const Kv& to) override;
   void load(const Kv& kv, const Span& span, int64_t first, Tensor rows) override;
   void attend(Tensor q, const Kv& kv, Spans spans, Mask mask, float scale, Tensor o, Tensor lse, Attend how) override;
 

@@ -1,0 +1,182 @@
+// Gated feed-forward networks and stacks of them: each chosen expert's weights are read once for all its tokens, in two loops over
+// the threads, one for gate and up of all experts and one for down. A token adds its experts in ascending order, so that its result
+// does not depend on the batch.
+#include "core/check.h"
+#include "cpu/cpu.h"
+#include "cpu/tiles.h"
+#include "cpu/work.h"
+
+#include <cstring>
+
+namespace mla {
+namespace {
+
+// Tokens of the experts, one expert after the other; a place is a token's turn at an expert.
+struct Plan {
+  struct Expert {
+    int64_t expert, first, count;  // places [first, first + count)
+  };
+  Expert* experts;
+  int64_t active;
+  int32_t* token;  // [places]
+  float* weight;   // [places]
+  int64_t places;
+};
+
+Plan plan_dense(Arena& arena, int64_t n) {
+  Plan plan{static_cast<Plan::Expert*>(arena.bytes(sizeof(Plan::Expert))), 1, static_cast<int32_t*>(arena.bytes(size_t(n) * 4)),
+            static_cast<float*>(arena.bytes(size_t(n) * 4)), n};
+  plan.experts[0] = {0, 0, n};
+  for (int64_t i = 0; i < n; ++i) plan.token[i] = int32_t(i), plan.weight[i] = 1;
+  return plan;
+}
+
+Plan plan_routed(Arena& arena, const Routing& routing, int64_t n, int64_t experts) {
+  const int64_t k = routing.expert.shape[1], places = n * k;
+  Plan plan{static_cast<Plan::Expert*>(arena.bytes(size_t(experts) * sizeof(Plan::Expert))), 0,
+            static_cast<int32_t*>(arena.bytes(size_t(places) * 4)), static_cast<float*>(arena.bytes(size_t(places) * 4)), places};
+  auto* next = static_cast<int64_t*>(arena.bytes(size_t(experts) * 8));
+  std::memset(next, 0, size_t(experts) * 8);
+  auto expert_of = [&](int64_t p) { return routing.expert.as<int32_t>()[p / k * routing.expert.stride[0] + p % k]; };
+  for (int64_t p = 0; p < places; ++p) {
+    CHECK(expert_of(p) >= 0 && expert_of(p) < experts, "expert {} of {}", expert_of(p), experts);
+    ++next[expert_of(p)];
+  }
+  for (int64_t e = 0, first = 0; e < experts; ++e) {
+    const int64_t count = next[e];
+    if (count) plan.experts[plan.active++] = {e, first, count};
+    next[e] = first;
+    first += count;
+  }
+  for (int64_t p = 0; p < places; ++p) {
+    const int64_t place = next[expert_of(p)]++;
+    plan.token[place] = int32_t(p / k);
+    plan.weight[place] = routing.weight.f32()[p / k * routing.weight.stride[0] + p % k];
+  }
+  return plan;
+}
+
+// The activations of all places, expert by expert in tiles. A tile of one token uses the token's own records, so that a decode step
+// quantises each token once.
+struct Inputs {
+  const std::byte* single;  // [n] tokens, each a tile of one
+  const std::byte* tiled;   // [places]
+
+  const std::byte* tile(const PackedShape& shape, const Plan& plan, int64_t place, int tokens) const {
+    return tokens == 1 ? single + plan.token[place] * shape.token_bytes() : tiled + place * shape.token_bytes();
+  }
+};
+
+Inputs write_inputs(CpuDevice& device, const PackedShape& shape, const Plan& plan, const Tensor& x) {
+  const int64_t n = x.shape[0], bytes = shape.token_bytes();
+  auto* single = static_cast<std::byte*>(device.scratch().bytes(size_t(n * bytes)));
+  auto write = [&](int64_t i, int) {
+    device.kernels().write_row(shape.acts, x.f32() + i * x.stride[0], x.shape[1], shape.blocks, single + i * bytes, shape.acts.block_bytes);
+  };
+  if (n * x.shape[1] < 16384)
+    for (int64_t i = 0; i < n; ++i) write(i, 0);
+  else
+    device.threads().parallel(n, write);
+  if (n == 1) return {single, nullptr};
+
+  auto* tiled = static_cast<std::byte*>(device.scratch().bytes(size_t(plan.places * bytes)));
+  auto gather = [&](int64_t e, int) {
+    const Plan::Expert& expert = plan.experts[e];
+    for_tiles(expert.count, 0, expert.count, shape.acts.tile, [&](int64_t at, int tokens) {
+      if (tokens == 1) return;
+      std::byte* to = tiled + (expert.first + at) * bytes;
+      for (int64_t b = 0; b < shape.blocks; ++b)
+        for (int t = 0; t < tokens; ++t, to += shape.acts.block_bytes)
+          std::memcpy(to, single + plan.token[expert.first + at + t] * bytes + b * shape.acts.block_bytes, size_t(shape.acts.block_bytes));
+    });
+  };
+  device.threads().parallel(plan.active, gather);
+  return {single, tiled};
+}
+
+// hidden = silu(gate x) ⊙ up x, written as the activations of down.
+void gate_and_up(CpuDevice& device, const FfnWeights& w, const PackedShape& gate, const PackedShape& up, const PackedShape& down,
+                 const Plan& plan, const Inputs& x, const Inputs* x_up, std::byte* hidden) {
+  const Kernels& kernels = device.kernels();
+  const int64_t width = w.gate.rows, average = (plan.places + plan.active - 1) / plan.active;
+  // An even number of groups, so that a piece fills whole blocks of down's activations.
+  const int64_t piece =
+      (groups_per_piece(gate.groups * plan.active, gate.group_bytes + up.group_bytes, average, device.threads().count()) + 1) / 2 * 2;
+  const int64_t pieces = (gate.groups + piece - 1) / piece;
+  share_out(device.threads(), plan.active * pieces, [&](int64_t item, int) {
+    const Plan::Expert& expert = plan.experts[item / pieces];
+    const int64_t first = item % pieces * piece, groups = std::min(piece, gate.groups - first);
+    const int64_t rows = std::min(groups * lanes, width - first * lanes), block = first * lanes / act_block;
+    const int64_t blocks = first + groups == gate.groups ? down.blocks - block : groups * lanes / act_block;
+    const std::byte* gate_at = w.gate.data + expert.expert * w.gate.matrix_bytes + first * gate.group_bytes;
+    const std::byte* up_at = w.up.data + expert.expert * w.up.matrix_bytes + first * up.group_bytes;
+    alignas(64) float g[most_tokens * most_groups * lanes], u[most_tokens * most_groups * lanes];
+    for_tiles(expert.count, 0, expert.count, gate.acts.tile, [&](int64_t at, int tokens) {
+      const int64_t place = expert.first + at;
+      gate.product({gate_at, gate.group_bytes, groups, x.tile(gate, plan, place, tokens), tokens, gate.units, up_at, g, groups * lanes});
+      up.product({up_at, up.group_bytes, groups, (x_up ? *x_up : x).tile(up, plan, place, tokens), tokens, up.units,
+                  gate_at + groups * gate.group_bytes, u, groups * lanes});
+      for (int t = 0; t < tokens; ++t) {
+        kernels.silu_mul(g + t * groups * lanes, u + t * groups * lanes, rows);
+        const TokenRecords to = token_records(down, expert.count, at + t);
+        kernels.write_row(down.acts, g + t * groups * lanes, rows, blocks,
+                          hidden + expert.first * down.token_bytes() + to.offset + block * to.step, to.step);
+      }
+    });
+  });
+}
+
+// out[token] += weight · down hidden
+void down_and_add(CpuDevice& device, const FfnWeights& w, const PackedShape& down, const Plan& plan, const std::byte* hidden,
+                  const Tensor& out) {
+  const int64_t average = (plan.places + plan.active - 1) / plan.active;
+  const int64_t few = average <= 4 ? std::min<int64_t>(plan.active, 4) : 1;  // a piece reads its rows of every expert
+  const int64_t piece = groups_per_piece(down.groups, down.group_bytes * few, average, device.threads().count());
+  share_out(device.threads(), (down.groups + piece - 1) / piece, [&](int64_t item, int) {
+    const int64_t first = item * piece, groups = std::min(piece, down.groups - first),
+                  rows = std::min(groups * lanes, w.down.rows - first * lanes);
+    auto weights_of = [&](int64_t e) { return w.down.data + plan.experts[e].expert * w.down.matrix_bytes + first * down.group_bytes; };
+    alignas(64) float y[most_tokens * most_groups * lanes];
+    for (int64_t e = 0; e < plan.active; ++e) {
+      const Plan::Expert& expert = plan.experts[e];
+      const std::byte* next = e + 1 < plan.active ? weights_of(e + 1) : weights_of(0) + groups * down.group_bytes;
+      for_tiles(expert.count, 0, expert.count, down.acts.tile, [&](int64_t at, int tokens) {
+        const int64_t place = expert.first + at;
+        down.product(
+            {weights_of(e), down.group_bytes, groups, hidden + place * down.token_bytes(), tokens, down.units, next, y, groups * lanes});
+        for (int t = 0; t < tokens; ++t)
+          device.kernels().add(y + t * groups * lanes, plan.weight[place + t], rows,
+                               out.f32() + plan.token[place + t] * out.stride[0] + first * lanes);
+      });
+    }
+  });
+}
+
+}  // namespace
+
+void CpuDevice::ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tensor out) {
+  const int64_t n = x.shape[0], d = x.shape[1], width = w.gate.rows;
+  CHECK(x.rank == 2 && out.rank == 2 && out.shape[0] == n && out.shape[1] == d, "ffn of {} into {}", mla::describe(x), mla::describe(out));
+  CHECK(w.gate.cols == d && w.up.cols == d && w.up.rows == width && w.down.rows == d && w.down.cols == width &&
+            w.up.count == w.gate.count && w.down.count == w.gate.count,
+        "ffn of {} with gate [{}, {}], up [{}, {}], down [{}, {}]", mla::describe(x), width, w.gate.cols, w.up.rows, w.up.cols, w.down.rows,
+        w.down.cols);
+  CHECK(
+      !routing || (routing->expert.shape[0] == n && routing->weight.shape[0] == n && routing->weight.shape[1] == routing->expert.shape[1]),
+      "{} tokens routed by {}", n, mla::describe(routing->expert));
+  if (n == 0) return;
+  ArenaScope scope(scratch_);
+  const PackedShape gate(kernels_, w.gate.dtype, width, d), up(kernels_, w.up.dtype, width, d), down(kernels_, w.down.dtype, d, width);
+  const Plan plan = routing ? plan_routed(scratch_, *routing, n, w.gate.count) : plan_dense(scratch_, n);
+  if (plan.places == 0) return;
+  const Inputs inputs = write_inputs(*this, gate, plan, x);
+  // Gate and up of other types want activations of their own; tiles are cut alike, since a machine has few sizes of them.
+  const bool same = w.up.dtype == w.gate.dtype;
+  CHECK(up.acts.tile == gate.acts.tile, "gate {} and up {} do not go together", info(w.gate.dtype).name, info(w.up.dtype).name);
+  const Inputs others = same ? inputs : write_inputs(*this, up, plan, x);
+  auto* hidden = static_cast<std::byte*>(scratch_.bytes(size_t(plan.places * down.token_bytes())));
+  gate_and_up(*this, w, gate, up, down, plan, inputs, same ? nullptr : &others, hidden);
+  down_and_add(*this, w, down, plan, hidden, out);
+}
+
+}  // namespace mla
