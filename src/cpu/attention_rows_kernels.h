@@ -65,56 +65,68 @@ inline void prefetch_value(const KvFormat& f, const std::byte* row, int head) {
                  row_bytes(f.type == DType::i8 ? DType::i8 : f.type, l.d_v));
 }
 
-// scores[q][t] = queries[q] · keys[t] for one row and H query rows; `steps` vectors of 16 (f32) or 32 (bf16) elements.
-template <int H>
-inline void dot_row(const float* q, int64_t q_row, int64_t n, const float* key, float* scores) {
-  f32x16 acc[H];
-  for (int h = 0; h < H; ++h) acc[h] = zero_f32();
-  for (int64_t d = 0; d < n; d += 16) {
-    const f32x16 k = load(key + d);
-    for (int h = 0; h < H; ++h) acc[h] = fma(load(q + h * q_row + d), k, acc[h]);
-  }
-  for (int h = 0; h < H; ++h) scores[h * attention_tile] = sum(acc[h]);
-}
-template <int H>
-inline void dot_row(const uint16_t* q, int64_t q_row, int64_t n, const uint16_t* key, float* scores) {
-  f32x16 acc[H];
-  for (int h = 0; h < H; ++h) acc[h] = zero_f32();
-  for (int64_t d = 0; d < n; d += 32) {
-    const bf16x32 k = load_bf16x32(key + d);
-    for (int h = 0; h < H; ++h) acc[h] = dot_bf16(acc[h], load_bf16x32(q + h * q_row + d), k);
-  }
-  for (int h = 0; h < H; ++h) scores[h * attention_tile] = sum(acc[h]);
-}
+// How dot products along a row run: whole f32, or pairs of bf16 summed in f32.
+inline f32x16 dot_step(f32x16 acc, const float* q, f32x16 key) { return fma(load(q), key, acc); }
+inline f32x16 dot_step(f32x16 acc, const uint16_t* q, bf16x32 key) { return dot_bf16(acc, load_bf16x32(q), key); }
+inline f32x16 load_some(const float* p) { return load(p); }
+inline bf16x32 load_some(const uint16_t* p) { return load_bf16x32(p); }
+template <class T>
+constexpr int row_lanes = 64 / int(sizeof(T));
 
-// o[h] = o[h] · shrink[h] + Σ_t weights[h][t] · values[t], over elements [d, d + 32) for bf16 and [d, d + 16) for f32.
-template <int H>
-inline void sum_rows(const float* weights, int n, const float* const* values, int64_t d, const float* shrink, float* o, int64_t o_row) {
-  f32x16 acc[H];
-  for (int h = 0; h < H; ++h) acc[h] = load(o + h * o_row + d) * splat(shrink[h]);
-  for (int t = 0; t < n; ++t) {
-    const f32x16 v = load(values[t] + d);
-    for (int h = 0; h < H; ++h) acc[h] = fma(splat(weights[h * attention_tile + t]), v, acc[h]);
-  }
-  for (int h = 0; h < H; ++h) store(o + h * o_row + d, acc[h]);
-}
-template <int H>
-inline void sum_rows(const uint16_t* weights, int n, const uint16_t* const* values, int64_t d, const float* shrink, float* o,
-                     int64_t o_row) {
-  f32x16 low[H], high[H];
-  for (int h = 0; h < H; ++h) {
-    low[h] = load(o + h * o_row + d) * splat(shrink[h]);
-    high[h] = load(o + h * o_row + d + 16) * splat(shrink[h]);
-  }
-  for (int t = 0; t < n; t += 2) {
-    const bf16x32 x = load_bf16x32(values[t] + d), y = load_bf16x32(values[t + 1] + d);
-    const bf16x32 a = interleave_low(x, y), b = interleave_high(x, y);
+// quads[h][0, 16): what sum_quarters makes the products of four keys with query h, over n elements.
+template <int H, class T>
+inline void dot_rows(const T* q, int64_t q_row, int64_t n, const T* const* keys, float* quads) {
+  f32x16 acc[4][H];
+  for (int r = 0; r < 4; ++r)
+    for (int h = 0; h < H; ++h) acc[r][h] = zero_f32();
+  const T *k0 = keys[0], *k1 = keys[1], *k2 = keys[2], *k3 = keys[3];
+  for (int64_t d = 0; d < n; d += row_lanes<T>) {
+    const auto x0 = load_some(k0 + d), x1 = load_some(k1 + d), x2 = load_some(k2 + d), x3 = load_some(k3 + d);
+#pragma GCC unroll 4
     for (int h = 0; h < H; ++h) {
-      const bf16x32 w = splat_bf16_pair(weights + h * attention_tile + t);
-      low[h] = dot_bf16(low[h], w, a), high[h] = dot_bf16(high[h], w, b);
+      const T* query = q + h * q_row + d;
+      acc[0][h] = dot_step(acc[0][h], query, x0), acc[1][h] = dot_step(acc[1][h], query, x1);
+      acc[2][h] = dot_step(acc[2][h], query, x2), acc[3][h] = dot_step(acc[3][h], query, x3);
     }
   }
-  for (int h = 0; h < H; ++h) store(o + h * o_row + d, low[h]), store(o + h * o_row + d + 16, high[h]);
+  for (int h = 0; h < H; ++h) store(quads + h * attention_tile * 4, sum_quads(acc[0][h], acc[1][h], acc[2][h], acc[3][h]));
+}
+
+// o[h] = o[h] · shrink[h] + Σ_t weights[h][t] · values[t], over elements [d, d + 16 W).
+template <int H, int W>
+inline void sum_rows(const float* weights, int n, const float* const* values, int64_t d, const float* shrink, float* o, int64_t o_row) {
+  f32x16 acc[H][W];
+  for (int h = 0; h < H; ++h)
+    for (int w = 0; w < W; ++w) acc[h][w] = load(o + h * o_row + d + 16 * w) * splat(shrink[h]);
+  for (int t = 0; t < n; ++t) {
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) {
+      const f32x16 v = load(values[t] + d + 16 * w);
+      for (int h = 0; h < H; ++h) acc[h][w] = fma(splat(weights[h * attention_tile + t]), v, acc[h][w]);
+    }
+  }
+  for (int h = 0; h < H; ++h)
+    for (int w = 0; w < W; ++w) store(o + h * o_row + d + 16 * w, acc[h][w]);
+}
+template <int H, int W>
+inline void sum_rows(const uint16_t* weights, int n, const uint16_t* const* values, int64_t d, const float* shrink, float* o,
+                     int64_t o_row) {
+  f32x16 acc[H][W];
+  for (int h = 0; h < H; ++h)
+    for (int w = 0; w < W; ++w) acc[h][w] = load(o + h * o_row + d + 16 * w) * splat(shrink[h]);
+  for (int t = 0; t < n; t += 2) {
+    const uint16_t *a = values[t] + d, *b = values[t + 1] + d;
+    bf16x32 weight[H];
+    for (int h = 0; h < H; ++h) weight[h] = splat_bf16_pair(weights + h * attention_tile + t);
+#pragma GCC unroll 4
+    for (int w = 0; w < W; w += 2) {
+      const bf16x32 x = load_bf16x32(a + 16 * w), y = load_bf16x32(b + 16 * w);
+      const bf16x32 low = interleave_low(x, y), high = interleave_high(x, y);
+      for (int h = 0; h < H; ++h) acc[h][w] = dot_bf16(acc[h][w], weight[h], low), acc[h][w + 1] = dot_bf16(acc[h][w + 1], weight[h], high);
+    }
+  }
+  for (int h = 0; h < H; ++h)
+    for (int w = 0; w < W; ++w) store(o + h * o_row + d + 16 * w, acc[h][w]);
 }
 
 // The softmax of one query row over a tile whose scores outside [from, to) do not count. Returns by how much the sums so far shrink.
@@ -138,31 +150,54 @@ inline float softmax_row(float* scores, int from, int to, float* top_total, T* w
   return shrink;
 }
 
-// One cache head's tile for H query rows.
+// Where a head's parts of a row begin, in elements, and whether the products can read them there.
+template <class T>
+struct RowParts {
+  RowParts(const KvFormat& f, int head) {
+    const KvLayout& l = f.layout;
+    const bool same = lies_as<T>(f);
+    keys_lie = same && l.d_k % row_lanes<T> == 0, values_lie = same && l.d_v % row_lanes<T> == 0;
+    key = int64_t(head) * l.d_k;
+    value = l.v_in_k ? key : int64_t(l.heads) * l.d_k + int64_t(head) * l.d_v;
+    key_bytes = row_bytes(f.type, l.d_k), value_bytes = row_bytes(f.type, l.d_v);
+    key_at = row_bytes(f.type, key), value_at = row_bytes(f.type, value);
+  }
+  bool keys_lie, values_lie;
+  int64_t key, value, key_bytes, value_bytes, key_at, value_at;
+};
+
+// One cache head's tile of n rows for H query rows. The tables of rows reach to the end of the tile.
 template <class T, int H>
 inline void attend_rows_tile(const AttentionUnit& u, int head, int from, int n, const std::byte* const* row, const std::byte* const* ahead,
                              const T* q, int64_t q_row, T* room, float* state) {
-  constexpr int lanes = sizeof(T) == 4 ? 16 : 32;
+  constexpr int lanes = row_lanes<T>;
   const KvFormat& f = u.kv->format;
   const KvLayout& l = f.layout;
+  const RowParts<T> parts(f, head);
   const int64_t step = round_up(l.d_k > l.d_v ? l.d_k : l.d_v, 32), o_row = rows_state(l);
-  float scores[H * attention_tile], shrink[H];
+  float quads[H * attention_tile * 4], scores[H * attention_tile], shrink[H];
   T weights[H * attention_tile];
-  const bool keys_lie = lies_as<T>(f) && l.d_k % lanes == 0, values_lie = lies_as<T>(f) && l.d_v % lanes == 0;
-  const T *key[attention_tile], *value[attention_tile + 1];
-  for (int t = 0; t < n; ++t) {
-    if (keys_lie) {
-      key[t] = reinterpret_cast<const T*>(row[t]) + int64_t(head) * l.d_k;
-    } else {
-      T* to = room + t * step;
-      store(reinterpret_cast<float*>(to + round_up(l.d_k, 32) - 16), zero_f32(), 8 * int(sizeof(T)) / 2);
-      read_key<true>(f, row[t], head, to);
-      key[t] = to;
+  const T *key[attention_tile], *value[attention_tile];
+  const int padded = int(round_up(n, 4));
+  for (int t = 0; t < padded; t += 4) {
+    for (int i = t; i < t + 4; ++i) {
+      if (parts.keys_lie) {
+        key[i] = reinterpret_cast<const T*>(row[i]) + parts.key;
+      } else {
+        T* to = room + i * step;
+        std::memset(to + round_up(l.d_k, 32) - 16, 0, 16 * sizeof(T));
+        read_key<true>(f, row[i], head, to);
+        key[i] = to;
+      }
+      if (ahead) prefetch_bytes(ahead[i] + parts.key_at, parts.key_bytes);
     }
-    if (ahead) prefetch_key(f, ahead[t], head);
-    dot_row<H>(q, q_row, round_up(l.d_k, lanes), key[t], scores + t);
+    dot_rows<H>(q, q_row, round_up(l.d_k, lanes), key + t, quads + t * 4);
   }
   for (int h = 0; h < H; ++h) {
+    for (int t = 0; t < padded; t += 16) {
+      const float* s = quads + (h * attention_tile + t) * 4;
+      store(scores + h * attention_tile + t, sum_quarters(load(s), load(s + 16), load(s + 32), load(s + 48)));
+    }
     const int64_t at = query_position(u, u.first + h) - u.span->kv_position - from;
     const int64_t to = !u.mask.causal || at + 1 > n ? n : at < 0 ? 0 : at + 1;
     const int64_t edge = u.mask.window > 0 ? at - u.mask.window + 1 : 0;
@@ -172,20 +207,21 @@ inline void attend_rows_tile(const AttentionUnit& u, int head, int from, int n, 
                                            : edge),
                             int(to), state + h * o_row, weights + h * attention_tile);
   }
-  for (int t = 0; t < n; ++t) {
-    if (values_lie) {
-      value[t] = reinterpret_cast<const T*>(row[t]) + (l.v_in_k ? int64_t(head) * l.d_k : int64_t(l.heads) * l.d_k + int64_t(head) * l.d_v);
+  for (int t = 0; t < padded; ++t) {
+    if (parts.values_lie) {
+      value[t] = reinterpret_cast<const T*>(row[t]) + parts.value;
     } else if (l.v_in_k) {
       value[t] = key[t];
-      if (keys_lie) read_key<true>(f, row[t], head, room + t * step), value[t] = room + t * step;
+      if (parts.keys_lie) read_key<true>(f, row[t], head, room + t * step), value[t] = room + t * step;
     } else {
       read_value<true>(f, row[t], head, room + t * step);
       value[t] = room + t * step;
     }
-    if (ahead && !l.v_in_k) prefetch_value(f, ahead[t], head);
+    if (ahead && !l.v_in_k) prefetch_bytes(ahead[t] + parts.value_at, parts.value_bytes);
   }
-  value[n] = value[n - 1];
-  for (int64_t d = 0; d < l.d_v; d += lanes) sum_rows<H>(weights, n, value, d, shrink, state + 16, o_row);
+  int64_t d = 0;
+  for (; d + 64 <= l.d_v; d += 64) sum_rows<H, 4>(weights, n, value, d, shrink, state + 16, o_row);
+  for (; d < l.d_v; d += lanes) sum_rows<H, lanes / 16>(weights, n, value, d, shrink, state + 16, o_row);
 }
 
 template <class T, int H>
@@ -214,7 +250,8 @@ inline void attend_rows_in(const AttentionUnit& u) {
     const int left = seen.to - from - n, next = left < attention_tile ? left : attention_tile;
     find_rows(*u.kv, *u.span, from, n, row);
     find_rows(*u.kv, *u.span, from + n, next, ahead);
-    for (int t = next; t < n && next > 0; ++t) ahead[t] = ahead[next - 1];
+    for (int t = n; t < attention_tile; ++t) row[t] = row[n - 1];
+    for (int t = next; t < attention_tile && next > 0; ++t) ahead[t] = ahead[next - 1];
     for (int g = 0; g < u.heads; ++g)
       attend_rows_tile<T, H>(u, u.head + g, from, n, row, next > 0 ? ahead : nullptr, q + g * H * q_row, q_row, room,
                              u.state + g * H * rows_state(l));

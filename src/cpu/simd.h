@@ -20,7 +20,7 @@
 //   2^n u8x16     load_u8x16, & |, shift_right_u8<n>, widen_u8, widen_i8 (to f32x16) bytes64   load_bytes, splat_bytes, & |,
 //   shift_right_bits<n>, shift_left_bits<n> (on 16-bit units: mask afterwards) bf16x32   load_bf16x32, splat_bf16_pair(p), to_bf16x32(low,
 //   high), store_bf16x32, widen_even, widen_odd,
-//             interleave_low, interleave_high, pair_bf16(even, odd); transpose(f32x16[16])
+//             interleave_low, interleave_high, pair_bf16(even, odd); transpose(f32x16[16]), sum_quads, sum_quarters
 //   memory    load_f16, load_bf16, load_i8 (p and p, n), store_f16, store_bf16, store_i8 (p, x and p, x, n; i8 takes whole numbers in
 //   range) dots      dot_u8(acc, u, s4): acc[i] += Σ_{c<4} u8[4i+c] · s8 s4[c] for codes u ≤ 127; dot_u8(acc, u, s) with a vector of s8;
 //             dot_code(acc, u, s4): the same for any u8, where u counts from code_bias: acc[i] += Σ (u8 - (128 - code_bias)) · s8;

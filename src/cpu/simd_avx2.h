@@ -248,6 +248,20 @@ inline bf16x32 pair_bf16(f32x16 even, f32x16 odd) {
   return interleave_low(both, load_bf16x32(z));
 }
 
+// Lane 4 q + i is the sum of lanes 4 q … 4 q + 3 of x_i.
+inline f32x16 sum_quads(f32x16 x0, f32x16 x1, f32x16 x2, f32x16 x3) {
+  return {_mm256_hadd_ps(_mm256_hadd_ps(x0.a, x1.a), _mm256_hadd_ps(x2.a, x3.a)),
+          _mm256_hadd_ps(_mm256_hadd_ps(x0.b, x1.b), _mm256_hadd_ps(x2.b, x3.b))};
+}
+// Lane 4 k + i is the sum over q of lanes 4 q + i of x_k.
+inline f32x16 sum_quarters(f32x16 x0, f32x16 x1, f32x16 x2, f32x16 x3) {
+  auto halves = [](f32x16 x, f32x16 y) {
+    const __m256 s = _mm256_add_ps(x.a, x.b), t = _mm256_add_ps(y.a, y.b);
+    return _mm256_add_ps(_mm256_permute2f128_ps(s, t, 0x20), _mm256_permute2f128_ps(s, t, 0x31));
+  };
+  return {halves(x0, x1), halves(x2, x3)};
+}
+
 inline void transpose(f32x16 (&x)[16]) {
   float from[16][16], to[16][16];
   for (int i = 0; i < 16; ++i) store(from[i], x[i]);

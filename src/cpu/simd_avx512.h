@@ -116,11 +116,15 @@ inline f32x16 load_i8(const int8_t* p) { return widen_i8(load_u8x16(p)); }
 inline f32x16 load_i8(const int8_t* p, int n) { return widen_i8({_mm_maskz_loadu_epi8(first(n), p)}); }
 
 inline __m256i narrow_bf16(f32x16 x) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v));
+#else
   const __m512i bits = _mm512_castps_si512(x.v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
   const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+#endif
 }
 inline void store_bf16(uint16_t* p, f32x16 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x)); }
 inline void store_bf16(uint16_t* p, f32x16 x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(x)); }
@@ -164,13 +168,21 @@ inline bf16x32 interleave_high(bf16x32 a, bf16x32 b) {
 }
 // Elements 2i from `even`, 2i + 1 from `odd`.
 inline bf16x32 pair_bf16(f32x16 even, f32x16 odd) {
-#if defined(__AVX512BF16__)
-  const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(even.v)));
-  const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(odd.v)));
-#else
   const __m512i low = _mm512_cvtepu16_epi32(narrow_bf16(even)), high = _mm512_cvtepu16_epi32(narrow_bf16(odd));
-#endif
   return {_mm512_or_si512(low, _mm512_slli_epi32(high, 16))};
+}
+
+// Lane 4 q + i is the sum of lanes 4 q … 4 q + 3 of x_i; the sums of all four lie in that order after sum_quarters.
+inline f32x16 sum_quads(f32x16 x0, f32x16 x1, f32x16 x2, f32x16 x3) {
+  const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x0.v, x1.v), _mm512_unpackhi_ps(x0.v, x1.v));
+  const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x2.v, x3.v), _mm512_unpackhi_ps(x2.v, x3.v));
+  return {_mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee))};
+}
+// Lane 4 k + i is the sum over q of lanes 4 q + i of x_k.
+inline f32x16 sum_quarters(f32x16 x0, f32x16 x1, f32x16 x2, f32x16 x3) {
+  const __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(x0.v, x1.v, 0x88), _mm512_shuffle_f32x4(x0.v, x1.v, 0xdd));
+  const __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(x2.v, x3.v, 0x88), _mm512_shuffle_f32x4(x2.v, x3.v, 0xdd));
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd))};
 }
 
 inline void transpose(f32x16 (&x)[16]) {

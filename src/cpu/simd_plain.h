@@ -299,6 +299,21 @@ inline bf16x32 pair_bf16(f32x16 even, f32x16 odd) {
   return interleave_low(both, load_bf16x32(z));
 }
 
+// Lane 4 q + i is the sum of lanes 4 q … 4 q + 3 of x_i.
+inline f32x16 sum_quads(f32x16 x0, f32x16 x1, f32x16 x2, f32x16 x3) {
+  return each<f32x16>(
+      [](f32x4 a, f32x4 b, f32x4 c, f32x4 d) {
+        return f32x4{(a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3]), (c[0] + c[1]) + (c[2] + c[3]),
+                     (d[0] + d[1]) + (d[2] + d[3])};
+      },
+      x0, x1, x2, x3);
+}
+// Lane 4 k + i is the sum over q of lanes 4 q + i of x_k.
+inline f32x16 sum_quarters(f32x16 x0, f32x16 x1, f32x16 x2, f32x16 x3) {
+  auto fold = [](f32x16 x) { return (x.p[0] + x.p[1]) + (x.p[2] + x.p[3]); };
+  return {{fold(x0), fold(x1), fold(x2), fold(x3)}};
+}
+
 inline void transpose(f32x16 (&x)[16]) {
   float from[16][16], to[16][16];
   for (int i = 0; i < 16; ++i) store(from[i], x[i]);
