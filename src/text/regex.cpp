@@ -33,7 +33,7 @@ using Handle = std::unique_ptr<T, Freed<T, Free>>;
 struct MatchMemory {
   Handle<pcre2_match_data, pcre2_match_data_free> data{pcre2_match_data_create(1, nullptr)};
   Handle<pcre2_match_context, pcre2_match_context_free> context{pcre2_match_context_create(nullptr)};
-  Handle<pcre2_jit_stack, pcre2_jit_stack_free> stack{pcre2_jit_stack_create(32 << 10, 1 << 20, nullptr)};
+  Handle<pcre2_jit_stack, pcre2_jit_stack_free> stack{pcre2_jit_stack_create(32 << 10, 16 << 20, nullptr)};
 
   MatchMemory() {
     if (!data || !context) fail("no memory for a pattern match");
@@ -148,7 +148,9 @@ class Translator {
 MatchBudget::MatchBudget(size_t text_bytes)
     : deadline_(std::chrono::steady_clock::now() + std::chrono::seconds(5) + std::chrono::microseconds(5) * text_bytes) {}
 
-bool MatchBudget::spent() { return ++calls_ % 64 == 0 && std::chrono::steady_clock::now() > deadline_; }
+bool MatchBudget::spent() { return std::chrono::steady_clock::now() > deadline_; }
+
+bool MatchBudget::spent_now_and_then() { return ++calls_ % 64 == 0 && spent(); }
 
 Regex::Regex(std::string_view pattern) : Regex(pattern, Translator(pattern).run(), PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C) {}
 
@@ -184,15 +186,17 @@ void Regex::split(std::string_view text, MatchBudget& budget, const Sink& sink) 
 void Regex::split_valid(std::string_view text, size_t offset, MatchBudget& budget, const Sink& sink) const {
   thread_local MatchMemory memory;
   // An honest pattern backtracks a few times over the text; one that needs more at a single position is refused.
-  pcre2_set_match_limit(memory.context.get(), uint32_t(std::min<size_t>(100'000 + 64 * text.size(), 1u << 31)));
+  pcre2_set_match_limit(memory.context.get(), uint32_t(std::min<size_t>(100'000 + 16 * text.size(), 1u << 31)));
   const size_t none = std::string_view::npos;
   size_t done = 0, from = 0, last_end = none;  // [0, done) is handed out; the search goes on at from
+  const auto too_long = [&] { fail_input("the pattern \"{}\" takes too long on this text; it is not fit for a pre-tokenizer", pattern_); };
   while (from <= text.size()) {
-    if (budget.spent()) fail_input("the pattern \"{}\" takes too long on this text; it is not fit for a pre-tokenizer", pattern_);
+    if (budget.spent_now_and_then()) too_long();
     pcre2_set_offset_limit(memory.context.get(), from + kStartsPerSearch);
     const int found = pcre2_match(static_cast<pcre2_code*>(code_.get()), reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), from,
                                   PCRE2_NO_UTF_CHECK, memory.data.get(), memory.context.get());
     if (found == PCRE2_ERROR_NOMATCH) {
+      if (budget.spent()) too_long();
       from += kStartsPerSearch + 1;
       while (from < text.size() && (text[from] & 0xC0) == 0x80) from++;
       continue;

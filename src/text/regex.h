@@ -14,7 +14,8 @@ namespace mla {
 class MatchBudget {
  public:
   explicit MatchBudget(size_t text_bytes);
-  bool spent();  // looks at the clock now and then
+  bool spent();
+  bool spent_now_and_then();  // looks at the clock in one call of 64
 
  private:
   std::chrono::steady_clock::time_point deadline_;

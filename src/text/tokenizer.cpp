@@ -46,10 +46,10 @@ class WordCache {
   template <class T>
   struct Blocks {
     std::vector<std::unique_ptr<T[]>> blocks;
-    size_t used = kBlock;
+    size_t used = 0;
 
     const T* keep(const T* from, size_t n) {
-      if (used + n > kBlock) {
+      if (blocks.empty() || used + n > kBlock) {
         blocks.push_back(std::make_unique<T[]>(kBlock));
         used = 0;
       }

@@ -151,7 +151,7 @@ void set_sentencepiece(Tokenizer::State& state, const Gguf& gguf) {
   for (size_t i = 0; i < order.size(); i++) {
     if (i > 0 && gguf.scores[order[i]] != gguf.scores[order[i - 1]]) rank++;
     const std::string_view spelling = gguf.tokens[order[i]];
-    if (spelling.size() > 1024) continue;  // longer than any text's word; halving it would take long
+    if (spelling.size() > 256) continue;  // no trainer makes such; halving it every way would take long
     for (size_t cut = utf8_length(spelling); cut > 0 && cut < spelling.size();) {
       const auto left = mergeable(spelling.substr(0, cut)), right = mergeable(spelling.substr(cut));
       if (left && right) state.add_merge(*left, *right, rank, order[i]);

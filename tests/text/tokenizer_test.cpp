@@ -178,6 +178,12 @@ TEST(Tokenizer, AddedTokensThatLookLikeBytesAreText) {
   EXPECT_EQ(tokenizer.decode(tokenizer.encode("a\xF6z", false, false)), "a\uFFFDz");
 }
 
+TEST(Tokenizer, WordsWithoutAnyTokenSayNothing) {
+  const auto tokenizer =
+      Tokenizer::from_json(R"({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}})");
+  EXPECT_EQ(tokenizer.encode("zz a", false, false), Ids{0});
+}
+
 TEST(Tokenizer, ExactlyOneBos) {
   const int32_t bos = sentencepiece().bos();
   EXPECT_EQ(bos, 1);
@@ -238,6 +244,14 @@ TEST(Unicode, Utf8LengthsAreTheStandards) {
 }
 
 // ---- patterns
+
+TEST(Regex, LongRepeatsOfGroupsStillMatch) {
+  const std::string text(1 << 14, 'a');
+  mla::MatchBudget budget(text.size());
+  std::vector<size_t> ends;
+  mla::Regex("(?:(?=a)([^b]))+").split(text, budget, [&](size_t, size_t end, bool) { ends.push_back(end); });
+  EXPECT_EQ(ends, std::vector<size_t>{text.size()});
+}
 
 TEST(Regex, HostilePatternsAreRefusedInTime) {
   const std::string text(1 << 16, 'a');
