@@ -1,6 +1,7 @@
 // The CPU device: a table of kernels for this machine, threads, and scratch that is kept between operations.
 #pragma once
 
+#include "core/check.h"
 #include "core/threads.h"
 #include "cpu/kernels.h"
 #include "device/device.h"

@@ -1,0 +1,263 @@
+// Products of every weight type on every instruction set of this machine, against double precision; and that a token's result is the
+// same bit for bit whatever the batch and the threads.
+#include "core/check.h"
+#include "cpu/cpu.h"
+#include "cpu/pack.h"
+#include "ref.h"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <limits>
+
+namespace mla {
+namespace {
+
+constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+
+struct Case {
+  const Kernels* kernels;
+  DType type;
+};
+
+void PrintTo(const Case& c, std::ostream* out) { *out << c.kernels->name << " " << info(c.type).name; }
+
+std::vector<Case> all_cases() {
+  std::vector<Case> cases;
+  for (const Kernels* k : available_kernels())
+    for (DType t : {DType::f32, DType::f16, DType::bf16, DType::q8_0, DType::q4_0, DType::q4_1, DType::q4_k, DType::q5_k, DType::q6_k})
+      cases.push_back({k, t});
+  return cases;
+}
+
+std::string name_of(const testing::TestParamInfo<Case>& p) {
+  return std::string(p.param.kernels->name) + "_" + std::string(info(p.param.type).name);
+}
+
+// Widths that the type allows, awkward ones first.
+std::vector<int64_t> widths(DType type) {
+  if (!is_quantised(type)) return {1, 24, 40, 100};
+  if (info(type).block == 32) return {32, 96, 320};
+  return {256, 768};
+}
+
+// How far off an output may be: its weights' magnitudes times the rounding of its activations (half a step of the block's 127 levels,
+// half a unit in the last place of bf16), and f32's own rounding.
+double rounding_bound(ActKind kind, const ref::Row& w, const ref::Row& x) {
+  double bound = 0;
+  for (size_t k = 0; k < x.size(); ++k) {
+    double step = 0;
+    if (kind == ActKind::bf16) step = std::fabs(x[k]) / 256;
+    if (kind == ActKind::i8 || kind == ActKind::i8_affine)
+      for (size_t j = k / 32 * 32; j < std::min(x.size(), k / 32 * 32 + 32); ++j) step = std::max(step, std::fabs(x[j]) / 253);
+    bound += std::fabs(w[k]) * (step + 4e-6 * std::fabs(x[k]));
+  }
+  return bound;
+}
+
+// For chains of products: errors of many columns add up like a random walk, to about this share of the outputs' size.
+double tolerance(const ActFormat& format) {
+  switch (format.kind) {
+    case ActKind::f32: return 6e-5;
+    case ActKind::bf16: return 5e-2;
+    default: return 0.15;
+  }
+}
+
+struct Fixture {
+  Fixture(DType type, int64_t count, int64_t rows, int64_t cols, uint64_t seed)
+      : type(type), count(count), rows(rows), cols(cols), bytes(ref::random_blocks(type, count * rows * cols, seed)) {}
+
+  Tensor tensor() { return view(bytes.data(), type, {count, rows, cols}); }
+  ref::Matrix matrix(int64_t m) const {
+    const auto size = long(row_bytes(type, rows * cols));
+    return ref::dequantised(type, std::vector(bytes.begin() + m * size, bytes.begin() + (m + 1) * size), rows, cols);
+  }
+
+  DType type;
+  int64_t count, rows, cols;
+  std::vector<std::byte> bytes;
+};
+
+class LinearTest : public testing::TestWithParam<Case> {};
+
+TEST_P(LinearTest, agrees_with_double) {
+  const auto device = make_cpu(*GetParam().kernels, 2);
+  const ActKind kind = GetParam().kernels->acts[int(GetParam().type)].kind;
+  for (int64_t cols : widths(GetParam().type))
+    for (int64_t rows : {1, 17, 48}) {
+      Fixture f(GetParam().type, 1, rows, cols, uint64_t(cols + rows));
+      const Weight w = device->pack(f.tensor());
+      const ref::Matrix matrix = f.matrix(0);
+      for (int64_t n : {1, 2, 7, 8, 9, 33}) {
+        auto x = ref::random_floats(n * (cols + 3), 7), bias = ref::random_floats(rows, 8), before = ref::random_floats(n * rows, 9);
+        Tensor in = view(x.data(), DType::f32, {n, cols});
+        in.stride[0] = cols + 3;
+        for (const bool add : {false, true}) {
+          std::vector<float> y(size_t(n * rows), nan);
+          if (add) y = before;
+          device->linear(in, w, view(bias.data(), DType::f32, {rows}), view(y.data(), DType::f32, {n, rows}), add);
+          const ref::Matrix inputs = ref::to_double(x.data(), n, cols, cols + 3);
+          for (int64_t i = 0; i < n; ++i)
+            for (int64_t r = 0; r < rows; ++r) {
+              const ref::Row& row = matrix[size_t(r)];
+              const double expected =
+                  ref::dot(row, inputs[size_t(i)]) + double(bias[size_t(r)]) + (add ? double(before[size_t(i * rows + r)]) : 0);
+              ASSERT_NEAR(double(y[size_t(i * rows + r)]), expected, rounding_bound(kind, row, inputs[size_t(i)]) + 1e-6)
+                  << rows << " x " << cols << ", token " << i << " of " << n;
+            }
+        }
+      }
+    }
+}
+
+// With activations that the int8 form represents exactly, nothing is left but f32 rounding: offsets and scales are right to the bit.
+TEST_P(LinearTest, is_exact_for_whole_activations) {
+  const auto device = make_cpu(*GetParam().kernels, 1);
+  for (int64_t cols : widths(GetParam().type)) {
+    Fixture f(GetParam().type, 1, 35, cols, 3);
+    const Weight w = device->pack(f.tensor());
+    std::vector<float> x(static_cast<size_t>(cols)), y(35, nan);
+    for (size_t i = 0; i < x.size(); ++i) x[i] = i % 32 == 5 ? -127.0f : float(int(random_bits(4, i) % 255) - 127);
+    if (GetParam().kernels->acts[int(GetParam().type)].kind == ActKind::bf16)
+      for (float& v : x) v = std::trunc(v / 2);
+    device->linear(view(x.data(), DType::f32, {1, cols}), w, {}, view(y.data(), DType::f32, {1, 35}));
+    EXPECT_LT(ref::relative_error(y.data(), ref::product(f.matrix(0), ref::to_double(x.data(), 1, cols, cols)[0])), 2e-5) << cols;
+  }
+}
+
+TEST_P(LinearTest, does_not_depend_on_batch_or_threads) {
+  const int64_t rows = 83, cols = is_quantised(GetParam().type) ? 512 : 200, n = 61;
+  Fixture f(GetParam().type, 1, rows, cols, 11);
+  const auto x = ref::random_floats(n * cols, 12);
+  auto run = [&](Device& device, const Weight& w, int64_t first, int64_t count, std::vector<float>& y) {
+    device.linear(view(const_cast<float*>(x.data()) + first * cols, DType::f32, {count, cols}), w, {},
+                  view(y.data() + first * rows, DType::f32, {count, rows}));
+  };
+  std::vector<float> one(size_t(n * rows), nan), all = one, chunks = one;
+  const auto serial = make_cpu(*GetParam().kernels, 1), parallel = make_cpu(*GetParam().kernels, 3);
+  const Weight a = serial->pack(f.tensor()), b = parallel->pack(f.tensor());
+  for (int64_t i = 0; i < n; ++i) run(*serial, a, i, 1, one);
+  run(*parallel, b, 0, n, all);
+  for (int64_t i = 0, size = 1; i < n; i += size, ++size) run(*parallel, b, i, std::min(size, n - i), chunks);
+  EXPECT_EQ(0, std::memcmp(one.data(), all.data(), one.size() * 4));
+  EXPECT_EQ(0, std::memcmp(one.data(), chunks.data(), one.size() * 4));
+}
+
+TEST_P(LinearTest, heads_have_their_own_matrices) {
+  const auto device = make_cpu(*GetParam().kernels, 2);
+  const int64_t heads = 3, rows = 40, cols = widths(GetParam().type).back(), n = 5;
+  Fixture f(GetParam().type, heads, rows, cols, 21);
+  const Weight w = device->pack(f.tensor());
+  auto x = ref::random_floats(n * heads * (cols + 2), 22);
+  std::vector<float> y(size_t(n * heads * rows), nan);
+  Tensor in = view(x.data(), DType::f32, {n, heads, cols});
+  in.stride[0] = heads * (cols + 2), in.stride[1] = cols + 2;
+  device->linear_heads(in, w, view(y.data(), DType::f32, {n, heads, rows}));
+  ref::Row reference;
+  const ref::Matrix inputs = ref::to_double(x.data(), n * heads, cols, cols + 2);
+  for (int64_t i = 0; i < n * heads; ++i) {
+    const ref::Row one = ref::product(f.matrix(i % heads), inputs[size_t(i)]);
+    reference.insert(reference.end(), one.begin(), one.end());
+  }
+  EXPECT_LT(ref::relative_error(y.data(), reference), tolerance(GetParam().kernels->acts[int(GetParam().type)]));
+}
+
+TEST_P(LinearTest, embeds_rows_exactly) {
+  const auto device = make_cpu(*GetParam().kernels, 2);
+  for (int64_t cols : widths(GetParam().type)) {
+    Fixture f(GetParam().type, 1, 37, cols, 31);
+    const Weight w = device->pack(f.tensor());
+    const std::vector<int32_t> ids = {36, 0, 15, 16, 17, 31, 32, 3, 3, 20};
+    std::vector<float> y(ids.size() * size_t(cols), nan);
+    device->embed(ids, w, view(y.data(), DType::f32, {int64_t(ids.size()), cols}));
+    const ref::Matrix matrix = f.matrix(0);
+    for (size_t i = 0; i < ids.size(); ++i)
+      for (size_t c = 0; c < size_t(cols); ++c) ASSERT_EQ(double(y[i * size_t(cols) + c]), matrix[size_t(ids[i])][c]) << ids[i] << " " << c;
+    EXPECT_THROW(device->embed(std::vector<int32_t>{37}, w, view(y.data(), DType::f32, {1, cols})), Error);
+  }
+}
+
+// One network, and a stack of them whose tokens go to different experts; a token's sum is the same whatever goes with it.
+TEST_P(LinearTest, feeds_forward) {
+  const auto device = make_cpu(*GetParam().kernels, 2), serial = make_cpu(*GetParam().kernels, 1);
+  const DType type = GetParam().type;
+  const int64_t d = info(type).block == 256 ? 256
+                    : is_quantised(type)    ? 96
+                                            : 40,
+                width = info(type).block == 256 ? 512
+                        : is_quantised(type)    ? 160
+                                                : 56;
+  const int64_t experts = 5, k = 2, n = 23;
+  Fixture gate(type, experts, width, d, 41), up(type, experts, width, d, 42), down(type, experts, d, width, 43);
+  auto pack = [&](Device& dev) { return FfnWeights{dev.pack(gate.tensor()), dev.pack(up.tensor()), dev.pack(down.tensor())}; };
+  const FfnWeights w = pack(*device), w1 = pack(*serial);
+  auto x = ref::random_floats(n * d, 44), weight = ref::random_floats(n * k, 45), start = ref::random_floats(n * d, 46);
+  std::vector<int32_t> expert;
+  for (int64_t i = 0; i < n; ++i) expert.push_back(int32_t(i % 3)), expert.push_back(int32_t(3 + i % 2 * (i % 5 != 0)));
+  Tensor in = view(x.data(), DType::f32, {n, d});
+
+  for (const bool routed : {false, true}) {
+    std::vector<float> y = start, alone = start;
+    const Routing routing{view(expert.data(), DType::i32, {n, k}), view(weight.data(), DType::f32, {n, k})};
+    device->ffn(in, w, routed ? &routing : nullptr, view(y.data(), DType::f32, {n, d}));
+    for (int64_t i = 0; i < n; ++i) {
+      const Routing one{slice(routing.expert, 0, i, 1), slice(routing.weight, 0, i, 1)};
+      serial->ffn(slice(in, 0, i, 1), w1, routed ? &one : nullptr, view(alone.data() + i * d, DType::f32, {1, d}));
+    }
+    EXPECT_EQ(0, std::memcmp(y.data(), alone.data(), y.size() * 4)) << (routed ? "routed" : "dense");
+
+    const ref::Matrix inputs = ref::to_double(x.data(), n, d, d);
+    ref::Row reference(start.begin(), start.end());
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < (routed ? k : 1); ++j) {
+        const int64_t e = routed ? expert[size_t(i * k + j)] : 0;
+        const ref::Row one = ref::ffn(gate.matrix(e), up.matrix(e), down.matrix(e), inputs[size_t(i)]);
+        for (int64_t c = 0; c < d; ++c) reference[size_t(i * d + c)] += one[size_t(c)] * (routed ? double(weight[size_t(i * k + j)]) : 1);
+      }
+    EXPECT_LT(ref::relative_error(y.data(), reference), tolerance(GetParam().kernels->acts[int(type)])) << (routed ? "routed" : "dense");
+  }
+}
+
+TEST_P(LinearTest, keeps_the_size_of_the_file) {
+  const auto device = make_cpu(*GetParam().kernels, 1);
+  Fixture f(GetParam().type, 1, 32, 512, 51);
+  EXPECT_EQ(device->pack(f.tensor()).bytes(), int64_t(f.bytes.size()));
+}
+
+INSTANTIATE_TEST_SUITE_P(every, LinearTest, testing::ValuesIn(all_cases()), name_of);
+
+TEST(Linear, says_which_shapes_do_not_fit) {
+  const auto device = make_cpu(1);
+  std::vector<float> x(64);
+  const Weight w = device->pack(view(x.data(), DType::f32, {4, 16}));
+  EXPECT_THROW(device->linear(view(x.data(), DType::f32, {2, 8}), w, {}, view(x.data(), DType::f32, {2, 4})), Error);
+  EXPECT_THROW(device->linear(view(x.data(), DType::f32, {2, 16}), w, {}, view(x.data(), DType::f32, {1, 4})), Error);
+  EXPECT_THROW(device->pack(view(x.data(), DType::i32, {4, 16})), Error);
+}
+
+TEST(Isa, is_forced_by_the_environment) {
+  setenv("MLA_ISA", "plain", 1);
+  EXPECT_STREQ(choose_kernels().name, "plain");
+  setenv("MLA_ISA", "mmx", 1);
+  try {
+    choose_kernels();
+    FAIL() << "an unknown instruction set was accepted";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::input);
+    EXPECT_NE(std::string(e.what()).find("'mmx'"), std::string::npos);
+  }
+  unsetenv("MLA_ISA");
+  EXPECT_EQ(&choose_kernels(), available_kernels().back());
+}
+
+TEST(Probe, finds_every_ceiling) {
+  const Ceilings c = make_cpu(1)->probe(0.2);
+  EXPECT_GT(c.read_gb_s, 0.1);
+  EXPECT_GT(c.int8_gop_s, 0.1);
+  EXPECT_GT(c.bf16_gflop_s, 0.1);
+  EXPECT_GT(c.f32_gflop_s, 0.1);
+}
+
+}  // namespace
+}  // namespace mla

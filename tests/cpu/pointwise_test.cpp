@@ -1,0 +1,105 @@
+// Norms, rotation and routing on every instruction set of this machine, against double precision.
+#include "cpu/cpu.h"
+#include "ref.h"
+
+#include <gtest/gtest.h>
+
+#include <array>
+#include <limits>
+
+namespace mla {
+namespace {
+
+class PointwiseTest : public testing::TestWithParam<const Kernels*> {};
+
+TEST_P(PointwiseTest, rms_norm) {
+  const auto device = make_cpu(*GetParam(), 2);
+  for (int64_t d : {1, 15, 16, 24, 576, 2048})
+    for (int64_t n : {1, 3, 40}) {
+      auto x = ref::random_floats(n * (d + 5), 1, 3), weight = ref::random_floats(d, 2);
+      std::vector<float> y(size_t(n * d), std::numeric_limits<float>::quiet_NaN());
+      Tensor in = view(x.data(), DType::f32, {n, d}), w = view(weight.data(), DType::f32, {d});
+      in.stride[0] = d + 5;
+      device->rms_norm(in, w, 1e-6f, view(y.data(), DType::f32, {n, d}));
+      for (int64_t i = 0; i < n; ++i) {
+        const ref::Row row(x.begin() + i * (d + 5), x.begin() + i * (d + 5) + d);
+        EXPECT_LT(ref::relative_error(y.data() + i * d, ref::rms_norm(row, {weight.begin(), weight.end()}, 1e-6)), 2e-6) << d;
+      }
+      device->rms_norm(in, w, 1e-6f, in);  // in place
+      for (int64_t i = 0; i < n * d; ++i) ASSERT_EQ(x[size_t(i / d * (d + 5) + i % d)], y[size_t(i)]);
+    }
+}
+
+TEST_P(PointwiseTest, rope) {
+  const auto device = make_cpu(*GetParam(), 2);
+  for (int64_t d : {2, 6, 64, 128})
+    for (int64_t n : {1, 70})
+      for (const bool interleaved : {false, true}) {
+        const int64_t heads = 3, pitch = d + 7;
+        auto x = ref::random_floats(n * heads * pitch, 3);
+        const auto before = x, angle = ref::random_floats(n * d / 2, 4, 10);
+        std::vector<float> cos_sin;
+        for (float a : angle) cos_sin.push_back(float(std::cos(double(a)))), cos_sin.push_back(float(std::sin(double(a))));
+        Tensor t = view(x.data(), DType::f32, {n, heads, d});
+        t.stride[0] = heads * pitch, t.stride[1] = pitch;
+        device->rope(t, view(cos_sin.data(), DType::f32, {n, d / 2, 2}), interleaved);
+        for (int64_t i = 0; i < n * heads; ++i) {
+          const ref::Row row(before.begin() + i * pitch, before.begin() + i * pitch + d);
+          const ref::Row angles(angle.begin() + i / heads * (d / 2), angle.begin() + (i / heads + 1) * (d / 2));
+          EXPECT_LT(ref::relative_error(x.data() + i * pitch, ref::rope(row, angles, interleaved)), 1e-6);
+          for (int64_t j = d; j < pitch; ++j) ASSERT_EQ(x[size_t(i * pitch + j)], before[size_t(i * pitch + j)]);
+        }
+      }
+}
+
+TEST_P(PointwiseTest, route) {
+  const auto device = make_cpu(*GetParam(), 2);
+  for (const auto& [experts, groups, top_groups, k] :
+       {std::array{8, 1, 1, 2}, std::array{64, 1, 1, 6}, std::array{160, 8, 3, 6}, std::array{5, 1, 1, 1}})
+    for (const bool renormalise : {false, true}) {
+      const int64_t n = 37;
+      RouterConfig c;
+      c.gating = groups > 1 ? Gating::group_limited_greedy : Gating::greedy;
+      c.experts = experts, c.top_k = k, c.groups = groups, c.top_groups = top_groups, c.renormalise = renormalise, c.scale = 16;
+      auto logits = ref::random_floats(n * experts, 5, 2);
+      std::vector<int32_t> expert(size_t(n * k), -1);
+      std::vector<float> weight(size_t(n * k), std::numeric_limits<float>::quiet_NaN());
+      device->route(view(logits.data(), DType::f32, {n, experts}), c,
+                    {view(expert.data(), DType::i32, {n, k}), view(weight.data(), DType::f32, {n, k})});
+      const ref::Matrix rows = ref::to_double(logits.data(), n, experts, experts);
+      for (int64_t i = 0; i < n; ++i) {
+        const ref::Route r = ref::route(rows[size_t(i)], c);
+        EXPECT_EQ(r.expert, std::vector<int>(expert.begin() + i * k, expert.begin() + (i + 1) * k));
+        EXPECT_LT(ref::relative_error(weight.data() + i * k, r.weight), 1e-5);
+      }
+    }
+}
+
+// A group's score is the best expert in it, not the sum of the best two.
+TEST_P(PointwiseTest, a_group_scores_by_its_best_expert) {
+  const auto device = make_cpu(*GetParam(), 1);
+  std::vector<float> logits = {3, 0, 2.9f, 2.9f};  // groups {0, 1} and {2, 3}
+  RouterConfig c;
+  c.gating = Gating::group_limited_greedy, c.experts = 4, c.top_k = 1, c.groups = 2, c.top_groups = 1;
+  int32_t expert = -1;
+  float weight = 0;
+  device->route(view(logits.data(), DType::f32, {1, 4}), c, {view(&expert, DType::i32, {1, 1}), view(&weight, DType::f32, {1, 1})});
+  EXPECT_EQ(expert, 0);
+}
+
+TEST_P(PointwiseTest, equal_scores_go_to_the_lower_index) {
+  const auto device = make_cpu(*GetParam(), 1);
+  std::vector<float> logits(12, 0.5f), weight(4);
+  std::vector<int32_t> expert(4, -1);
+  RouterConfig c;
+  c.experts = 12, c.top_k = 4;
+  device->route(view(logits.data(), DType::f32, {1, 12}), c,
+                {view(expert.data(), DType::i32, {1, 4}), view(weight.data(), DType::f32, {1, 4})});
+  EXPECT_EQ(expert, (std::vector<int32_t>{0, 1, 2, 3}));
+}
+
+INSTANTIATE_TEST_SUITE_P(every, PointwiseTest, testing::ValuesIn(available_kernels()),
+                         [](const auto& p) { return std::string(p.param->name); });
+
+}  // namespace
+}  // namespace mla
