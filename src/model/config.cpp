@@ -27,6 +27,10 @@ void check_mla(const Config& c) {
   check_range("moe_intermediate_size", c.moe_intermediate_size, 1, 1 << 24);
   check_range("first_k_dense_replace", c.first_k_dense_replace, 0, c.num_hidden_layers);
   check_range("moe_layer_freq", c.moe_layer_freq, 1, 1 << 14);
+  const double experts = 3.0 * double(c.hidden_size) * double(c.moe_intermediate_size) * (c.n_routed_experts + c.n_shared_experts);
+  if (experts * c.num_hidden_layers > 1e15)  // so that no count of parameters overflows
+    fail_input("config: {} layers of {} experts with {:.3g} parameters in all are too many", c.num_hidden_layers, c.n_routed_experts,
+               experts);
   if (c.topk_method == Gating::greedy) return;
   check_range("n_group", c.n_group, 1, c.n_routed_experts);
   check_range("topk_group", c.topk_group, 1, c.n_group);

@@ -86,8 +86,11 @@ void parse_rope(const Keys& k, Config& c) {
   s.original_max_position_embeddings = k.integer("rope.scaling.original_context_length", c.max_position_embeddings);
   s.beta_fast = k.number("rope.scaling.yarn_beta_fast", 32);
   s.beta_slow = k.number("rope.scaling.yarn_beta_slow", 1);
-  // llama.cpp keeps 0.1 · mscale_all_dim; its files come from models whose two mscales are equal. Stored as a float: round it back.
-  s.mscale = s.mscale_all_dim = std::round(k.number("rope.scaling.yarn_log_multiplier", 0) * 1e7) / 1e6;
+  // llama.cpp keeps 0.1 · mscale_all_dim and takes both mscales as equal; where they differ we add a key of our own. Numbers were stored
+  // as floats: round them back.
+  s.mscale_all_dim = std::round(k.number("rope.scaling.yarn_log_multiplier", 0) * 1e7) / 1e6;
+  s.mscale = std::round(k.number("rope.scaling.mscale", s.mscale_all_dim) * 1e6) / 1e6;
+  s.attention_factor = k.number("rope.scaling.yarn_attention_factor", 0);
 }
 
 void parse_deepseek2(const Keys& k, Config& c) {
@@ -203,6 +206,10 @@ json to_gguf_metadata(const Config& c) {
     m[a + ".rope.scaling.factor"] = s.factor;
     if (s.original_max_position_embeddings > 0) m[a + ".rope.scaling.original_context_length"] = s.original_max_position_embeddings;
     if (s.mscale_all_dim > 0) m[a + ".rope.scaling.yarn_log_multiplier"] = 0.1 * s.mscale_all_dim;
+    if (s.mscale != s.mscale_all_dim) m[a + ".rope.scaling.mscale"] = s.mscale;
+    if (s.attention_factor > 0) m[a + ".rope.scaling.yarn_attention_factor"] = s.attention_factor;
+    if (s.beta_fast != 32) m[a + ".rope.scaling.yarn_beta_fast"] = s.beta_fast;
+    if (s.beta_slow != 1) m[a + ".rope.scaling.yarn_beta_slow"] = s.beta_slow;
   }
   if (c.bos_token_id >= 0) m["tokenizer.ggml.bos_token_id"] = c.bos_token_id;
   if (!c.eos_token_ids.empty()) m["tokenizer.ggml.eos_token_id"] = c.eos_token_ids[0];

@@ -146,14 +146,18 @@ std::vector<std::string> biases_of(const Checkpoint& checkpoint) {
   return names;
 }
 
-// GGUF says less about YaRN than HF: llama.cpp takes both mscales as equal and the betas as 32 and 1.
-void note_what_gguf_loses(const Config& c, std::vector<std::string>& notes) {
+// Where llama.cpp will run the file, but compute something else than the model asks for.
+void note_what_llama_cpp_ignores(const Config& c, const std::vector<std::string>& biases, std::vector<std::string>& notes) {
   const RopeScaling& s = c.rope_scaling;
-  if (s.type == RopeScaling::Type::yarn && (s.mscale != s.mscale_all_dim || s.attention_factor != 0))
-    notes.push_back(
-        fmt::format("GGUF cannot say mscale {} beside mscale_all_dim {}: readers take them as equal", s.mscale, s.mscale_all_dim));
+  if (s.type == RopeScaling::Type::yarn && (s.mscale != s.mscale_all_dim || s.attention_factor > 0))
+    notes.push_back(fmt::format("llama.cpp takes YaRN's mscale {} as equal to mscale_all_dim {}", s.mscale, s.mscale_all_dim));
   if (c.is_mla() && c.latent_norm_eps != c.rms_norm_eps)
     notes.push_back(fmt::format("llama.cpp normalises latents with eps {} where this model has {}", c.rms_norm_eps, c.latent_norm_eps));
+  if (c.is_mla() && c.n_group > 1 && c.topk_method == Gating::group_limited_greedy)
+    notes.emplace_back("llama.cpp ranks groups of experts by the sum of their two best, DeepSeek-V2 by the best");
+  if (c.is_mla() && !biases.empty()) notes.emplace_back("llama.cpp knows no biases in latent attention and will not load this file");
+  if (!c.is_mla() && c.family != Family::qwen2 && c.sliding_window > 0)
+    notes.push_back(fmt::format("llama.cpp ignores the sliding window of {} tokens", c.sliding_window));
 }
 
 }  // namespace
@@ -162,14 +166,15 @@ Made make_random(const Config& config, const fs::path& out, DType type, uint64_t
   const bool gguf = out.extension() == ".gguf";
   if (!gguf) check_hf_type(type);
   std::vector<std::string> notes;
-  const std::vector<TensorPlan> plans = plan_tensors(config, gguf ? Format::gguf : Format::hf, type, implied_biases(config), notes);
+  const std::vector<std::string> biases = implied_biases(config);
+  const std::vector<TensorPlan> plans = plan_tensors(config, gguf ? Format::gguf : Format::hf, type, biases, notes);
   std::unique_ptr<ModelWriter> writer;
   if (gguf) {
     json metadata = to_gguf_metadata(config);
     describe_file(metadata, type);
     metadata["general.name"] = fmt::format("random, seed {}", seed);
     stand_in_tokenizer(config, metadata);
-    note_what_gguf_loses(config, notes);
+    note_what_llama_cpp_ignores(config, biases, notes);
     writer = write_gguf(out, metadata, plans);
   } else {
     json hf = to_hf_config(config);
@@ -203,13 +208,14 @@ Made quantize_model(const Checkpoint& checkpoint, const fs::path& out, DType typ
   if (fs::exists(out) && fs::equivalent(out, checkpoint.path())) fail_input("{} is the model itself; name another file", out.string());
   const Config config = read_config(checkpoint);
   std::vector<std::string> notes;
-  std::vector<TensorPlan> plans = plan_tensors(config, Format::gguf, type, biases_of(checkpoint), notes);
+  const std::vector<std::string> biases = biases_of(checkpoint);
+  std::vector<TensorPlan> plans = plan_tensors(config, Format::gguf, type, biases, notes);
   if (checkpoint.find("rope_freqs") && config.rope_scaling.type != RopeScaling::Type::llama3)
     plans.push_back({"rope_freqs", DType::f32, {config.rope_dim() / 2}});
   json metadata = to_gguf_metadata(config);
   describe_file(metadata, type);
   if (!carry_tokenizer(checkpoint, config, metadata, notes)) stand_in_tokenizer(config, metadata);
-  if (checkpoint.format() == Format::hf) note_what_gguf_loses(config, notes);
+  note_what_llama_cpp_ignores(config, biases, notes);
   const auto writer = write_gguf(out, metadata, plans);
   const bool pairs = config.is_mla() || config.family != Family::qwen2;
   write_tensors(*writer, plans, from_checkpoint(checkpoint, config, pairs), threads, progress);
