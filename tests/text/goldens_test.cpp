@@ -1,6 +1,5 @@
 // Ids of a few hundred awkward strings against the `tokenizers` library (tools/make_tokenizer_goldens.py made them).
 #include "io/checkpoint.h"
-#include "text/state.h"
 #include "text/tokenizer.h"
 
 #include <gtest/gtest.h>
