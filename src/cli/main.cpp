@@ -1,2 +1,79 @@
-// The program `mla`.
-int main() { return 0; }
+// The program `mla`: reads the command line, runs one command, and turns what went wrong into one line and an exit code.
+#include "cli/command.h"
+#include "cli/help.h"
+#include "cli/interrupt.h"
+#include "core/check.h"
+
+#include <CLI/CLI.hpp>
+
+#include <cstdio>
+#include <new>
+
+namespace mla {
+namespace {
+
+constexpr int done = 0, work_failed = 1, wrong_input = 2, interrupted_code = 130;
+
+int exit_code(ErrorKind kind) {
+  switch (kind) {
+    case ErrorKind::input: return wrong_input;
+    case ErrorKind::interrupted: return interrupted_code;
+    case ErrorKind::failed: break;
+  }
+  return work_failed;
+}
+
+int complain(int code, const std::string& message) {
+  std::fflush(stdout);
+  fmt::print(stderr, "mla: error: {}\n", message);
+  return code;
+}
+
+// The command that the words on the command line got to, for "see mla run --help".
+std::string help_of(const CLI::App& program) {
+  const auto chosen = program.get_subcommands();
+  return chosen.empty() ? "mla --help" : "mla " + chosen.front()->get_name() + " --help";
+}
+
+int run(int argc, char** argv) {
+  CLI::App program("Runs DeepSeek-V2 and LLaMA-like language models, keeping only latents in the cache.");
+  Work work;
+  prepare_help(program);
+  for (auto add :
+       {add_run, add_chat, add_eval, add_inspect, add_compare, add_bench, add_quantize, add_init, add_tokenize, add_logits, add_doctor})
+    add(program, work);
+  try {
+    program.parse(argc, argv);
+  } catch (const CLI::Success&) {  // --help, --version
+    return program.get_subcommands().empty() && argc > 1 && std::string_view(argv[1]) == "--version"
+               ? (fmt::print("mla 0.1.0\n"), done)
+               : (fmt::print("{}", help_text(program)), done);
+  } catch (const CLI::ParseError& error) {
+    if (argc == 1) {
+      fmt::print(stderr, "{}", help_text(program));
+      return wrong_input;
+    }
+    return complain(wrong_input, fmt::format("{}; see {}", usage_problem(error.what()), help_of(program)));
+  }
+  catch_interrupts();
+  work();
+  if (std::fflush(stdout) != 0 || std::ferror(stdout)) fail("the output could not be written; is the disk full?");
+  return done;
+}
+
+}  // namespace
+}  // namespace mla
+
+int main(int argc, char** argv) {
+  using namespace mla;
+  try {
+    return run(argc, argv);
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::interrupted) return complain(exit_code(error.kind()), error.what());
+    std::fflush(stdout);
+    fmt::print(stderr, "mla: {}\n", error.what());
+    return interrupted_code;
+  } catch (const std::bad_alloc&) {
+    return complain(work_failed, "there is not enough memory; a smaller --context or --kv-type needs less");
+  } catch (const std::exception& error) { return complain(work_failed, error.what()); }
+}
