@@ -65,14 +65,12 @@ struct AttentionKernels {
   void (*read_row)(const KvFormat&, const std::byte* from, float* to);
 };
 
-// Bytes of scratch a unit needs, whatever the instruction set.
+// Bytes of scratch a unit needs, whatever the instruction set: queries, two copies of a tile's rows, and scores and weights.
 constexpr int64_t attention_scratch(const KvLayout& layout) {
   const int64_t d_k = round_up(layout.d_k, 32), d_v = round_up(layout.d_v, 32), wide = d_k > d_v ? d_k : d_v;
-  const int64_t rows = attention_tile * 4 * int64_t(sizeof(void*));
-  const int64_t in_lanes = attention_vectors * 16 * d_k * 4, in_rows = layout.heads * attention_few_rows * d_k * 4;
-  const int64_t queries = in_lanes > in_rows ? in_lanes : in_rows, staged = 2 * attention_tile * wide * 4 + attention_tile * d_v * 4;
-  const int64_t scores = 2 * attention_vectors * attention_tile * 16 * 4;
-  return round_up(rows, 64) + queries + staged + scores + 4096;
+  const int64_t in_lanes = attention_vectors * 16, in_rows = int64_t(layout.heads) * attention_few_rows;
+  const int64_t queries = (in_lanes > in_rows ? in_lanes : in_rows) * d_k, tile = 2 * attention_tile * wide;
+  return 4 * (queries + tile + 2 * attention_vectors * attention_tile * 16);
 }
 
 }  // namespace mla

@@ -37,7 +37,7 @@ inline void score_block(const T* q, int64_t q_vector, int64_t steps, const T* co
   for (int r = 0; r < R; ++r) key[r] = keys[r];
   for (int64_t line = 0; line < steps; line += line_steps<In>) {
     if (next)
-      for (int r = 0; r < R; ++r) prefetch(next[r] + line * In::depth);
+      for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + line * In::depth, 0, 2);
     const int64_t end = line + line_steps<In> < steps ? line + line_steps<In> : steps;
     for (int64_t s = line; s < end; ++s) {
       decltype(In::panel(q)) vector[C];
@@ -54,16 +54,51 @@ inline void score_block(const T* q, int64_t q_vector, int64_t steps, const T* co
     for (int c = 0; c < C; ++c) store(scores + c * attention_tile * 16 + r * 16, acc[r][c]);
 }
 
+// A tile of the context as the products read it.
+template <class In>
+struct LaneTile {
+  using T = typename In::Element;
+  const T* key[attention_tile];       // rows padded to a multiple of 8 with the last one
+  const T* next_key[attention_tile];  // of the tile that follows; valid if `ahead`
+  const T* value[attention_tile];
+  bool ahead;
+  int n, padded;
+};
+
+// Values of a tile for 32 elements: in f32 the rows themselves, in bf16 copies [2][attention_tile / 2][16][2] with two rows side by side.
+template <class In>
+struct ValueColumns {
+  using T = typename In::Element;
+  const T* const* value;
+  int64_t first;
+  T pairs[In::depth == 1 ? 1 : attention_tile * 32];
+
+  void take(const LaneTile<In>& tile, int64_t d) {
+    value = tile.value, first = d;
+    if constexpr (In::depth == 2) {
+      for (int t = 0; t < tile.n; t += 2) {
+        const bf16x32 x = load_bf16x32(value[t] + d), y = load_bf16x32(value[t + 1 < tile.n ? t + 1 : t] + d);
+        store_bf16x32(pairs + t * 16, interleave_low(x, y));
+        store_bf16x32(pairs + (attention_tile + t) * 16, interleave_high(x, y));
+      }
+    }
+  }
+  const T* at(int64_t step, int64_t d) const {
+    if constexpr (In::depth == 1) return value[step] + d;
+    return pairs + ((d - first) / 16 * attention_tile / 2 + step) * 32 + d % 16 * 2;
+  }
+};
+
 // o[c][d + i] = o[c][d + i] · shrink[c] + Σ_step weights[c][step] · values[step][d + i] for D elements and C vectors.
 template <class In, int D, int C, class T = typename In::Element>
-inline void value_block(const T* weights, int64_t steps, const T* const* values, int64_t d, const f32x16* shrink, float* const* o) {
+inline void value_block(const T* weights, int64_t steps, const ValueColumns<In>& values, int64_t d, const float* shrink, float* const* o) {
   f32x16 acc[D][C];
   for (int i = 0; i < D; ++i)
-    for (int c = 0; c < C; ++c) acc[i][c] = load(o[c] + (d + i) * 16) * shrink[c];
+    for (int c = 0; c < C; ++c) acc[i][c] = load(o[c] + (d + i) * 16) * load(shrink + 16 * c);
   for (int64_t s = 0; s < steps; ++s) {
     decltype(In::panel(weights)) vector[C];
     for (int c = 0; c < C; ++c) vector[c] = In::panel(weights + c * attention_tile * 16 + s * 16 * In::depth);
-    const T* value = values[s] + d * In::depth;
+    const T* value = values.at(s, d);
 #pragma GCC unroll 16
     for (int i = 0; i < D; ++i) {
       const auto element = In::spread(value + i * In::depth);
@@ -134,51 +169,66 @@ inline void mask_tile(const AttentionUnit& u, int first, int64_t start, int n, f
   }
 }
 
-// A tile of the context as the products read it.
-template <class In>
-struct LaneTile {
-  using T = typename In::Element;
-  const T* key[attention_tile];                // rows padded to a multiple of 8 with the last one
-  const T* next_key[attention_tile];           // of the tile that follows; valid if `ahead`
-  const T* value[attention_tile / In::depth];  // per step
-  bool ahead;
-  int n, padded;
+// What the vectors of a unit bring to a tile's values: their weights, panels [C][attention_tile][16], and by how much their sums shrink.
+template <class T>
+struct Weights {
+  T* panel;  // [attention_vectors][attention_tile][16]
+  float shrink[attention_vectors][16];
+  bool seen[attention_vectors];  // false: no lane sees any of the tile
 };
 
+// Scores and softmax of C vectors of query rows, from `vector` on.
 template <class In, int C, class T = typename In::Element>
-inline void attend_group(const AttentionUnit& u, const LaneTile<In>& tile, int64_t start, int vector, const T* q, float* scores, T* weights,
-                         bool fetch) {
-  constexpr int R = vector_registers < 32 ? 4 : C < 4 ? 8 : 4, D = (vector_registers < 32 ? 4 : 16) / C;
+inline void weigh_group(const AttentionUnit& u, const LaneTile<In>& tile, int64_t start, int vector, const T* q, float* scores,
+                        Weights<T>& w) {
+  constexpr int R = vector_registers < 32 ? 4 : C < 4 ? 8 : 4;
   const KvLayout& l = u.kv->format.layout;
-  const int64_t width = round_up(l.d_v, 16), q_vector = round_up(l.d_k, 32) * 16, steps = (l.d_k + In::depth - 1) / In::depth;
+  const int64_t q_vector = round_up(l.d_k, 32) * 16, steps = (l.d_k + In::depth - 1) / In::depth;
   const int first = u.first + vector * 16, rows = u.first + u.rows - first < 16 * C ? u.first + u.rows - first : 16 * C;
   const int64_t low = query_position(u, first), high = query_position(u, first + rows - 1);
-  if (u.mask.causal && start > high) return;
-  if (u.mask.window > 0 && start + tile.n <= low - u.mask.window + 1) return;
+  w.seen[vector] = !(u.mask.causal && start > high) && !(u.mask.window > 0 && start + tile.n <= low - u.mask.window + 1);
+  if (!w.seen[vector]) return;
 
+  const bool fetch = vector == 0 && tile.ahead;
   for (int r = 0; r < tile.padded; r += R)
-    score_block<In, R, C>(q + vector * q_vector, q_vector, steps, tile.key + r, fetch && tile.ahead ? tile.next_key + r : nullptr,
-                          scores + r * 16);
-  f32x16 shrink[C];
-  float* o[C];
+    score_block<In, R, C>(q + vector * q_vector, q_vector, steps, tile.key + r, fetch ? tile.next_key + r : nullptr, scores + r * 16);
   const bool masked = (u.mask.causal && start + tile.n - 1 > low) || (u.mask.window > 0 && start <= high - u.mask.window);
   for (int c = 0; c < C; ++c) {
-    float *state = u.state + (vector + c) * lanes_state(l), *s = scores + c * attention_tile * 16;
+    float* s = scores + c * attention_tile * 16;
     if (masked) mask_tile(u, first + 16 * c, start, tile.n, s);
-    shrink[c] = softmax_tile(s, tile.n, tile.padded, state, weights + c * attention_tile * 16);
-    o[c] = state + 32;
+    store(w.shrink[vector + c],
+          softmax_tile(s, tile.n, tile.padded, u.state + (vector + c) * lanes_state(l), w.panel + (vector + c) * attention_tile * 16));
   }
-  const int64_t value_steps = (tile.n + In::depth - 1) / In::depth;
-  for (int64_t d = 0; d < width; d += D) value_block<In, D, C>(weights, value_steps, tile.value, d, shrink, o);
+}
+
+// Adds elements [d, d + 16) or [d, d + 32) of the values to the sums of C vectors.
+template <class In, int C, class T = typename In::Element>
+inline void sum_group(const AttentionUnit& u, const ValueColumns<In>& values, int64_t steps, int64_t d, int64_t end, int vector,
+                      const Weights<T>& w) {
+  constexpr int D = (vector_registers < 32 ? 4 : 16) / C;
+  if (!w.seen[vector]) return;
+  float* o[C];
+  for (int c = 0; c < C; ++c) o[c] = u.state + (vector + c) * lanes_state(u.kv->format.layout) + 32;
+  for (; d < end; d += D) value_block<In, D, C>(w.panel + vector * attention_tile * 16, steps, values, d, w.shrink[vector], o);
+}
+
+// Calls f.template operator()<C>(first) for groups of four, two and one vectors.
+template <class F>
+inline void for_groups(int vectors, F f) {
+  int v = 0;
+  if constexpr (vector_registers >= 32) {
+    for (; v + 4 <= vectors; v += 4) f.template operator()<4>(v);
+    for (; v + 2 <= vectors; v += 2) f.template operator()<2>(v);
+  }
+  for (; v < vectors; ++v) f.template operator()<1>(v);
 }
 
 template <class In>
-inline void load_tile(const AttentionUnit& u, int from, int n, int next, typename In::Element* key_room, typename In::Element* value_room,
-                      LaneTile<In>& tile) {
+inline void load_tile(const AttentionUnit& u, int from, int n, int next, typename In::Element* key_room, LaneTile<In>& tile) {
   using T = typename In::Element;
   const KvFormat& f = u.kv->format;
   const KvLayout& l = f.layout;
-  const int64_t key_step = round_up(l.d_k > l.d_v ? l.d_k : l.d_v, 32), value_step = round_up(l.d_v, 32);
+  const int64_t key_step = round_up(l.d_k > l.d_v ? l.d_k : l.d_v, 32);
   const bool keys_lie = lies_as<T>(f) && l.d_k % In::depth == 0;
   const std::byte *row[attention_tile], *ahead[attention_tile];
   find_rows(*u.kv, *u.span, from, n, row);
@@ -201,36 +251,21 @@ inline void load_tile(const AttentionUnit& u, int from, int n, int next, typenam
     if (keys_lie) tile.next_key[t] = tile.next_key[n - 1];
   }
 
-  // Values: where they lie if they need no change, else copied in f32, or in bf16 with the rows of a step side by side.
+  // Values: where they lie if nothing has to be converted or padded.
   const bool values_lie = lies_as<T>(f) && l.d_v % (In::depth == 1 ? 16 : 32) == 0;
   const int64_t first_value = l.v_in_k ? int64_t(u.head) * l.d_k : int64_t(l.heads) * l.d_k + int64_t(u.head) * l.d_v;
-  const T* source[attention_tile];
   T* copies = key_room + attention_tile * key_step;
   for (int t = 0; t < n; ++t) {
     if (values_lie) {
-      source[t] = reinterpret_cast<const T*>(row[t]) + first_value;
+      tile.value[t] = reinterpret_cast<const T*>(row[t]) + first_value;
     } else if (l.v_in_k && !keys_lie) {
-      source[t] = tile.key[t];
+      tile.value[t] = tile.key[t];
     } else {
       if (l.v_in_k)
         read_key<true>(f, row[t], u.head, copies + t * key_step);
       else
         read_value<true>(f, row[t], u.head, copies + t * key_step);
-      source[t] = copies + t * key_step;
-    }
-  }
-  for (int t = 0; t < n; t += In::depth) {
-    if constexpr (In::depth == 1) {
-      tile.value[t] = source[t];
-    } else {
-      T* to = value_room + t * value_step;
-      const T *a = source[t], *b = source[t + 1 < n ? t + 1 : t];
-      for (int64_t d = 0; d < l.d_v; d += 32) {
-        const bf16x32 x = load_bf16x32(a + d), y = load_bf16x32(b + d);
-        store_bf16x32(to + 2 * d, interleave_low(x, y));
-        store_bf16x32(to + 2 * d + 32, interleave_high(x, y));
-      }
-      tile.value[t / 2] = to;
+      tile.value[t] = copies + t * key_step;
     }
   }
 }
@@ -240,13 +275,14 @@ inline void attend_lanes_in(const AttentionUnit& u) {
   using T = typename In::Element;
   const KvLayout& l = u.kv->format.layout;
   const int vectors = (u.rows + 15) / 16;
-  const int64_t q_vector = round_up(l.d_k, 32) * 16, key_step = round_up(l.d_k > l.d_v ? l.d_k : l.d_v, 32);
-  auto* tile = reinterpret_cast<LaneTile<In>*>(u.scratch);
-  auto* scores = reinterpret_cast<float*>(u.scratch + round_up(sizeof(LaneTile<In>), 64));
-  auto* weights = reinterpret_cast<T*>(scores + attention_vectors * attention_tile * 16);
-  auto* q = reinterpret_cast<T*>(reinterpret_cast<float*>(weights) + attention_vectors * attention_tile * 16);
-  T* key_room = q + attention_vectors * q_vector;
-  T* value_room = key_room + 2 * attention_tile * key_step;
+  const int64_t q_vector = round_up(l.d_k, 32) * 16, width = round_up(l.d_v, 16);
+  LaneTile<In> tile;
+  ValueColumns<In> columns;
+  Weights<T> weights;
+  auto* scores = reinterpret_cast<float*>(u.scratch);
+  weights.panel = reinterpret_cast<T*>(scores + attention_vectors * attention_tile * 16);
+  auto* q = reinterpret_cast<T*>(scores + 2 * attention_vectors * attention_tile * 16);
+  T* room = q + attention_vectors * q_vector;
   for (int v = 0; v < vectors; ++v) {
     float* state = u.state + v * lanes_state(l);
     store(state, splat(-__builtin_inff()));
@@ -257,13 +293,15 @@ inline void attend_lanes_in(const AttentionUnit& u) {
   for (int from = seen.from; from < seen.to; from += attention_tile) {
     const int n = seen.to - from < attention_tile ? seen.to - from : attention_tile;
     const int left = seen.to - from - n, next = left < attention_tile ? left : attention_tile;
-    load_tile(u, from, n, next, key_room, value_room, *tile);
+    load_tile(u, from, n, next, room, tile);
     const int64_t start = int64_t(u.span->kv_position) + from;
-    constexpr bool wide = vector_registers >= 32;
-    int v = 0;
-    for (; wide && v + 4 <= vectors; v += 4) attend_group<In, wide ? 4 : 1>(u, *tile, start, v, q, scores, weights, v == 0);
-    for (; wide && v + 2 <= vectors; v += 2) attend_group<In, wide ? 2 : 1>(u, *tile, start, v, q, scores, weights, v == 0);
-    for (; v < vectors; ++v) attend_group<In, 1>(u, *tile, start, v, q, scores, weights, v == 0);
+    for_groups(vectors, [&]<int C>(int v) { weigh_group<In, C>(u, tile, start, v, q, scores, weights); });
+    const int64_t steps = (n + In::depth - 1) / In::depth;
+    for (int64_t d = 0; d < width; d += 32) {
+      columns.take(tile, d);
+      const int64_t end = d + 32 < width ? d + 32 : width;
+      for_groups(vectors, [&]<int C>(int v) { sum_group<In, C>(u, columns, steps, d, end, v, weights); });
+    }
   }
 }
 
