@@ -67,8 +67,7 @@ std::string pre_tokenizer_name(const json& tokenizer) {
   if (has("一-龥ࠀ-一가-퟿")) return has("µÀ-Ö") ? "deepseek-llm" : "deepseek-coder";
   if (has("一-龥぀-ゟ゠-ヿ")) return "deepseek-v3";
   if (has("(?i:'s|'t|'re|'ve|'m|'ll|'d)")) return has("\\\\p{N}{1,3}") ? "llama-bpe" : "qwen2";
-  if (has("\"Digits\"") && has("\"ByteLevel\"")) return "smollm";
-  if (has("\"ByteLevel\"")) return "gpt-2";
+  if (has("\"use_regex\":true")) return has("\"individual_digits\":true") ? "smollm" : "gpt-2";
   fail_input("tokenizer.json: its pre-tokenizer has no name in GGUF; known are those of DeepSeek, Llama 3, Qwen2, SmolLM and GPT-2");
 }
 
