@@ -293,7 +293,7 @@ void product_tile(const Product& p) {
       if constexpr (T <= 4) {
         const int64_t ahead = w + weights_ahead < end ? weights_ahead : weights_ahead + jump;
 #pragma GCC unroll 64
-        for (int i = 0; i < packed.unit_bytes; i += 64) prefetch(w + ahead + i);
+        for (int i = 0; i < packed.unit_bytes; i += 64) __builtin_prefetch(w + ahead + i, 0, 2);
       }
       Format::template multiply<T>(w, acts, acc);
     }

@@ -18,53 +18,47 @@ float read_stream(const std::byte* p, int64_t bytes) {
   return sum(to_f32(dot_u8(splat_i32(0), (any[0] | any[1]) | (any[2] | any[3]), splat_bytes(1))));
 }
 
-constexpr int chains = vector_registers / 2 > 12 ? 12 : vector_registers / 4;
-
-// Runs step on independent accumulators, `rounds` × 16 times each.
-template <class Vector, class Step>
-inline void run_chains(Vector (&acc)[chains], int64_t rounds, Step step) {
-  for (int64_t r = 0; r < rounds * 16; ++r) {
-#pragma GCC unroll 16
-    for (int c = 0; c < chains; ++c) acc[c] = step(acc[c]);
-#if defined(__GNUC__)
-    asm volatile("" ::: "memory");
-#endif
-  }
+// Makes x an unknown to the compiler.
+template <class T>
+inline T unknown(T x) {
+  asm volatile("" : "+m"(x));
+  return x;
 }
+[[maybe_unused]] inline void keep(float x) { unknown(x); }
 
-// Makes the result matter to the compiler.
-inline void keep(f32x16 x) {
-  [[maybe_unused]] static volatile float sink;
-  sink = sum(x);
+// Rates of independent chains that stay in registers; a round is 16 steps of each of `chains`. Accumulators are named one by one,
+// since compilers keep arrays in memory.
+constexpr int chains = 10;
+
+template <class Vector, class Step>
+inline Vector run_chains(Vector start, int64_t rounds, Step step) {
+  Vector a = unknown(start), b = unknown(start), c = unknown(start), d = unknown(start), e = unknown(start);
+  Vector f = unknown(start), g = unknown(start), h = unknown(start), i = unknown(start), j = unknown(start);
+  for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 4
+    for (int s = 0; s < 16; ++s) {
+      a = step(a), b = step(b), c = step(c), d = step(d), e = step(e);
+      f = step(f), g = step(g), h = step(h), i = step(i), j = step(j);
+    }
+  }
+  return ((a + b) + (c + d)) + ((e + f) + (g + h)) + (i + j);
 }
 
 double int8_ops(int64_t rounds) {
-  i32x16 acc[chains];
-  for (int c = 0; c < chains; ++c) acc[c] = splat_i32(c);
-  const bytes64 u = splat_bytes(uint8_t(rounds & 63)), s = splat_bytes(uint8_t(rounds & 7));
-  run_chains(acc, rounds, [&](i32x16 a) { return dot_u8(a, u, s); });
-  for (int c = 1; c < chains; ++c) acc[0] = acc[0] + acc[c];
-  keep(to_f32(acc[0]));
+  const bytes64 u = splat_bytes(unknown(uint8_t(3))), s = splat_bytes(unknown(uint8_t(5)));
+  keep(sum(to_f32(run_chains(splat_i32(1), rounds, [&](i32x16 x) { return dot_u8(x, u, s); }))));
   return double(rounds) * 16 * chains * 64 * 2;
 }
 
 double bf16_ops(int64_t rounds) {
-  f32x16 acc[chains];
-  for (int c = 0; c < chains; ++c) acc[c] = splat(float(c));
-  const bf16x32 a = to_bf16x32(splat(1.0f), splat(float(rounds & 3))), b = to_bf16x32(splat(float(rounds & 1)), splat(1.0f));
-  run_chains(acc, rounds, [&](f32x16 x) { return dot_bf16(x, a, b); });
-  for (int c = 1; c < chains; ++c) acc[0] = acc[0] + acc[c];
-  keep(acc[0]);
+  const bf16x32 a = to_bf16x32(splat(1.0f), splat(unknown(0.5f))), b = to_bf16x32(splat(unknown(0.25f)), splat(1.0f));
+  keep(sum(run_chains(splat(1), rounds, [&](f32x16 x) { return dot_bf16(x, a, b); })));
   return double(rounds) * 16 * chains * 32 * 2;
 }
 
 double f32_ops(int64_t rounds) {
-  f32x16 acc[chains];
-  for (int c = 0; c < chains; ++c) acc[c] = splat(float(c));
-  const f32x16 a = splat(1 + float(rounds & 1) * 1e-9f), b = splat(float(rounds & 3) * 1e-9f);
-  run_chains(acc, rounds, [&](f32x16 x) { return fma(x, a, b); });
-  for (int c = 1; c < chains; ++c) acc[0] = acc[0] + acc[c];
-  keep(acc[0]);
+  const f32x16 a = splat(unknown(0.999f)), b = splat(unknown(0.5f));
+  keep(sum(run_chains(splat(1), rounds, [&](f32x16 x) { return fma(x, a, b); })));
   return double(rounds) * 16 * chains * 16 * 2;
 }
 
