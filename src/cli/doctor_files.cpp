@@ -139,7 +139,7 @@ Check one_bos(const Tokenizer& tokenizer) {
 Check digits(const Tokenizer& tokenizer) {
   const auto ids = tokenizer.encode("12345678", false, false);
   std::string pieces;
-  for (int32_t id : ids) pieces += (pieces.empty() ? "" : "|") + tokenizer.decode(std::span(&id, 1));
+  for (int32_t id : ids) pieces.append(pieces.empty() ? "" : "|").append(tokenizer.decode(std::span(&id, 1)));
   return good("digits", fmt::format("12345678 is {}", pieces));
 }
 

@@ -2,7 +2,10 @@
 #include "cli/help.h"
 
 #include <fmt/core.h>
+
 #include <CLI/CLI.hpp>
+#include <algorithm>
+#include <sstream>
 
 namespace mla {
 namespace {
@@ -65,13 +68,15 @@ class HelpFormatter : public CLI::Formatter {
       const std::string group = option->get_group();
       if (!group.empty() && std::find(found.begin(), found.end(), group) == found.end()) found.push_back(group);
     }
+    // Where and how a model runs reads the same for every command, and comes last.
+    std::stable_partition(found.begin(), found.end(), [](const std::string& group) { return group != "machine"; });
     return found;
   }
 
   static std::string spelling(const CLI::Option& option) {
     if (option.get_positional()) return option.get_name(true);
     std::string out = option.get_name(false, true);
-    for (size_t comma = out.find(','); comma != std::string::npos; comma = out.find(',', comma + 2)) out.insert(comma + 1, " ");
+    if (const size_t comma = out.find(','); comma != std::string::npos) out.replace(comma, 1, ", ");
     return option.get_option_text().empty() ? out : fmt::format("{} {}", out, option.get_option_text());
   }
 };
@@ -94,6 +99,7 @@ void prepare_help(CLI::App& program) {
 
 CLI::App& add_command(CLI::App& program, const std::string& name, const std::string& summary, const std::string& examples) {
   CLI::App& command = *program.add_subcommand(name, summary);
+  command.get_help_ptr()->group("");
   command.footer("examples\n" + examples);
   return command;
 }

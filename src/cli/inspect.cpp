@@ -179,7 +179,7 @@ void print_architecture(const InspectOptions& o, const Subject& s) {
   line("attention", attention_text(c));
   line("feed-forward", ffn_text(c));
   line("rotary", rope_text(c));
-  line("parameters", c.active_parameters() == c.parameters()
+  line("parameters", c.n_routed_experts == 0
                          ? grouped(c.parameters())
                          : fmt::format("{}; a token reads {}", grouped(c.parameters()), grouped(c.active_parameters())));
   line("weights", weights_text(s));
