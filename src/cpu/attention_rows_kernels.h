@@ -185,7 +185,7 @@ inline void attend_rows_tile(const AttentionUnit& u, int head, int from, int n, 
         key[i] = reinterpret_cast<const T*>(row[i]) + parts.key;
       } else {
         T* to = room + i * step;
-        std::memset(to + round_up(l.d_k, 32) - 16, 0, 16 * sizeof(T));
+        std::memset(to + round_up(l.d_k, 32) - 32, 0, 32 * sizeof(T));  // what the products read beyond the key
         read_key<true>(f, row[i], head, to);
         key[i] = to;
       }
