@@ -113,8 +113,9 @@ void gate_and_up(CpuDevice& device, const FfnWeights& w, const PackedShape& gate
     alignas(64) float g[most_tokens * most_groups * lanes], u[most_tokens * most_groups * lanes];
     for_tiles(expert.count, 0, expert.count, gate.acts.tile, [&](int64_t at, int tokens) {
       const int64_t place = expert.first + at;
-      gate.product({gate_at, gate.group_bytes, groups, x.tile(gate, plan, place, tokens), tokens, gate.units, up_at, g, groups * lanes});
-      up.product({up_at, up.group_bytes, groups, (x_up ? *x_up : x).tile(up, plan, place, tokens), tokens, up.units,
+      gate.product(
+          {gate_at, gate.group_bytes, groups, x.tile(gate, plan, place, tokens), tokens, gate.units, at == 0, up_at, g, groups * lanes});
+      up.product({up_at, up.group_bytes, groups, (x_up ? *x_up : x).tile(up, plan, place, tokens), tokens, up.units, at == 0,
                   gate_at + groups * gate.group_bytes, u, groups * lanes});
       for (int t = 0; t < tokens; ++t) {
         kernels.silu_mul(g + t * groups * lanes, u + t * groups * lanes, rows);
@@ -142,8 +143,8 @@ void down_and_add(CpuDevice& device, const FfnWeights& w, const PackedShape& dow
       const std::byte* next = e + 1 < plan.active ? weights_of(e + 1) : weights_of(0) + groups * down.group_bytes;
       for_tiles(expert.count, 0, expert.count, down.acts.tile, [&](int64_t at, int tokens) {
         const int64_t place = expert.first + at;
-        down.product(
-            {weights_of(e), down.group_bytes, groups, hidden + place * down.token_bytes(), tokens, down.units, next, y, groups * lanes});
+        down.product({weights_of(e), down.group_bytes, groups, hidden + place * down.token_bytes(), tokens, down.units, at == 0, next, y,
+                      groups * lanes});
         for (int t = 0; t < tokens; ++t)
           device.kernels().add(y + t * groups * lanes, plan.weight[place + t], rows,
                                out.f32() + plan.token[place + t] * out.stride[0] + first * lanes);

@@ -55,8 +55,8 @@ void multiply(CpuDevice& device, const Weight& w, const Job& job) {
     alignas(64) float out[most_tokens * most_groups * lanes];
     for_tiles(job.n, from, std::min(job.n, from + tokens_per_piece), shape.acts.tile, [&](int64_t at, int tokens) {
       const std::byte* tile = acts + (h * job.n + at) * shape.token_bytes();
-      shape.product({w.data + h * w.matrix_bytes + first * shape.group_bytes, shape.group_bytes, groups, tile, tokens, shape.units, nullptr,
-                     out, groups * lanes});
+      shape.product({w.data + h * w.matrix_bytes + first * shape.group_bytes, shape.group_bytes, groups, tile, tokens, shape.units,
+                     at == from, nullptr, out, groups * lanes});
       for (int t = 0; t < tokens; ++t)
         device.kernels().finish(out + t * groups * lanes, job.bias ? job.bias + first * lanes : nullptr, job.add, rows,
                                 job.y + (at + t) * job.y_token + h * job.y_head + first * lanes);

@@ -63,6 +63,18 @@ inline void add_halves(const Codes& w, f32x16 scale0, f32x16 scale1, const std::
 inline bytes64 low_nibbles(bytes64 v) { return v & splat_bytes(15); }
 inline bytes64 high_nibbles(bytes64 v) { return shift_right_bits<4>(v) & splat_bytes(15); }
 
+// Weights that will be met in a while, brought into the second-level cache a few lines at a time: many at once would hold up the loads.
+struct Ahead {
+  const std::byte* at;  // null for none
+
+  template <int bytes>
+  void fetch(int part) const {
+    if (!at) return;
+#pragma GCC unroll 32
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + part * bytes + i, 0, 2);
+  }
+};
+
 // A format's multiply adds one unit's columns to acc; `acts` is the unit's first record.
 struct Q4_0 {
   static constexpr DType type = DType::q4_0;
@@ -77,7 +89,8 @@ struct Q4_0 {
     return w;
   }
   template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T]) {
+  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
+    ahead.fetch<576>(0);
     for (int b = 0; b < 2; ++b)
       add_scaled(codes(w + 64 + 256 * b), load_f16(halves_at(w + 32 * b)), acts + b * T * sizeof(I8Block), acc,
                  [](i32x16 s, bytes64 u, const int8_t* a) { return dot_u8(s, u, a); });
@@ -89,7 +102,8 @@ struct Q4_1 {
   static constexpr ActFormat acts = {ActKind::i8_affine, 0, false, sizeof(I8Block), vector_registers / 2};
 
   template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T]) {
+  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
+    ahead.fetch<640>(0);
     for (int b = 0; b < 2; ++b)
       add_affine(Q4_0::codes(w + 128 + 256 * b), load_f16(halves_at(w + 32 * b)), load_f16(halves_at(w + 64 + 32 * b)),
                  acts + b * T * sizeof(I8Block), acc);
@@ -101,8 +115,9 @@ struct Q8_0 {
   static constexpr ActFormat acts = {ActKind::i8, code_bias, false, sizeof(I8Block), vector_registers / 2};
 
   template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T]) {
+  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
     for (int b = 0; b < 2; ++b) {
+      ahead.fetch<544>(b);
       Codes c;
       for (int q = 0; q < 8; ++q) c.quad[q] = load_bytes(w + 64 + 512 * b + 64 * q);
       add_scaled(c, load_f16(halves_at(w + 32 * b)), acts + b * T * sizeof(I8Block), acc,
@@ -134,10 +149,11 @@ struct Q4_K {
   static constexpr ActFormat acts = {ActKind::i8_affine, 0, false, sizeof(I8Block), vector_registers / 2};
 
   template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T]) {
+  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
     const KScales k(w);
     constexpr int step = T * int(sizeof(I8Block));
     for (int pair = 0; pair < 4; ++pair) {
+      ahead.fetch<576>(pair);
       const std::byte* p = w + 256 + 512 * pair;
       Codes c;
       for (int q = 0; q < 8; ++q) c.quad[q] = low_nibbles(load_bytes(p + 64 * q));
@@ -161,7 +177,8 @@ struct Q5_K {
       return shift_right_bits<j - 4>(high) & splat_bytes(16);
   }
   template <int j, int T>
-  static void block(const std::byte* w, const KScales& k, const std::byte* acts, f32x16 (&acc)[T]) {
+  static void block(const std::byte* w, const KScales& k, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
+    ahead.fetch<352>(j);
     Codes c;
     for (int q = 0; q < 8; ++q) {
       const bytes64 v = load_bytes(w + 768 + 512 * (j / 2) + 64 * q);
@@ -170,10 +187,10 @@ struct Q5_K {
     add_affine(c, k.scale[j], k.min[j], acts + j * T * int(sizeof(I8Block)), acc);
   }
   template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T]) {
+  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
     const KScales k(w);
-    block<0>(w, k, acts, acc), block<1>(w, k, acts, acc), block<2>(w, k, acts, acc), block<3>(w, k, acts, acc);
-    block<4>(w, k, acts, acc), block<5>(w, k, acts, acc), block<6>(w, k, acts, acc), block<7>(w, k, acts, acc);
+    block<0>(w, k, acts, acc, ahead), block<1>(w, k, acts, acc, ahead), block<2>(w, k, acts, acc, ahead), block<3>(w, k, acts, acc, ahead);
+    block<4>(w, k, acts, acc, ahead), block<5>(w, k, acts, acc, ahead), block<6>(w, k, acts, acc, ahead), block<7>(w, k, acts, acc, ahead);
   }
 };
 
@@ -190,7 +207,8 @@ struct Q6_K {
       return shift_right_bits<2 * quarter - 4>(high) & splat_bytes(0x30);
   }
   template <int quarter, int T>
-  static void block(const std::byte* w, int half, f32x16 d, const std::byte* acts, f32x16 (&acc)[T]) {
+  static void block(const std::byte* w, int half, f32x16 d, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
+    ahead.fetch<420>(4 * half + quarter);
     const std::byte *low = w + 1024 * half + 512 * (quarter % 2), *high = w + 2048 + 512 * half;
     const std::byte* scales = w + 3072 + 128 * half + 32 * quarter;
     Codes c;
@@ -201,11 +219,11 @@ struct Q6_K {
     add_halves(c, d * widen_i8(load_u8x16(scales)), d * widen_i8(load_u8x16(scales + 16)), acts + quarter * T * int(sizeof(I8Block)), acc);
   }
   template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T]) {
+  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
     const f32x16 d = load_f16(halves_at(w + 3328));
     for (int half = 0; half < 2; ++half, acts += 4 * T * sizeof(I8Block)) {
-      block<0>(w, half, d, acts, acc), block<1>(w, half, d, acts, acc);
-      block<2>(w, half, d, acts, acc), block<3>(w, half, d, acts, acc);
+      block<0>(w, half, d, acts, acc, ahead), block<1>(w, half, d, acts, acc, ahead);
+      block<2>(w, half, d, acts, acc, ahead), block<3>(w, half, d, acts, acc, ahead);
     }
   }
 };
@@ -227,7 +245,8 @@ struct F32 {
   static constexpr ActFormat acts = {ActKind::f32, 0, false, 128, vector_registers / 4};
 
   template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T]) {
+  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
+    ahead.fetch<2048>(0);
     add_block<F32, T>(acc, 32, [&](int k, f32x16(&s)[T]) {
       const f32x16 column = load(floats_at(w) + 16 * k);
 #pragma GCC unroll 16
@@ -241,7 +260,8 @@ struct F16 {
   static constexpr ActFormat acts = {ActKind::f32, 0, false, 128, vector_registers / 4};
 
   template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T]) {
+  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
+    ahead.fetch<1024>(0);
     add_block<F16, T>(acc, 32, [&](int k, f32x16(&s)[T]) {
       const f32x16 column = load_f16(halves_at(w) + 16 * k);
 #pragma GCC unroll 16
@@ -257,7 +277,8 @@ struct BF16 {
                                                  : ActFormat{ActKind::f32, 0, false, 128, vector_registers / 4};
 
   template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T]) {
+  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
+    ahead.fetch<1024>(0);
     add_block<BF16, T>(acc, 16, [&](int k, f32x16(&s)[T]) {
       const bf16x32 pair = load_bf16x32(halves_at(w) + 32 * k);
       if constexpr (isa_has_bf16) {
@@ -275,7 +296,7 @@ struct BF16 {
   }
 };
 
-constexpr int64_t weights_ahead = 4096;  // ahead of the unit at work: about the latency of memory at a core's share of bandwidth
+constexpr int64_t weights_ahead = 8192;  // ahead of the unit at work: about the latency of memory at a core's share of bandwidth
 
 template <class Format, int T>
 void product_tile(const Product& p) {
@@ -290,12 +311,8 @@ void product_tile(const Product& p) {
     for (int t = 0; t < T; ++t) acc[t] = zero_f32();
     const std::byte* acts = p.acts;
     for (int64_t u = 0; u < p.units; ++u, w += packed.unit_bytes, acts += unit_acts) {
-      if constexpr (T <= 4) {
-        const int64_t ahead = w + weights_ahead < end ? weights_ahead : weights_ahead + jump;
-#pragma GCC unroll 64
-        for (int i = 0; i < packed.unit_bytes; i += 64) __builtin_prefetch(w + ahead + i, 0, 2);
-      }
-      Format::template multiply<T>(w, acts, acc);
+      const std::byte* ahead = w + weights_ahead < end ? w + weights_ahead : w + weights_ahead + jump;
+      Format::template multiply<T>(w, acts, acc, {p.fetch ? ahead : nullptr});
     }
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) store(p.out + t * p.stride + 16 * g, acc[t]);
