@@ -51,7 +51,7 @@ inline void read_codes(const int8_t* code, const float* scale, int64_t n, T* to)
 
 inline int64_t groups_of(int64_t n) { return (n + KvFormat::group - 1) / KvFormat::group; }
 
-// The first n of the d_k elements of a head's key.
+// A head's key; padded: with zeros up to a multiple of 16.
 template <bool padded, class T>
 inline void read_key(const KvFormat& format, const std::byte* row, int head, T* to) {
   const KvLayout& l = format.layout;
@@ -61,7 +61,9 @@ inline void read_key(const KvFormat& format, const std::byte* row, int head, T* 
   if (!l.v_in_k) return read_codes<padded>(code + int64_t(head) * l.d_k, scale + head * groups_of(l.d_k), l.d_k, to);
   read_codes<false>(code + int64_t(head) * l.d_v, scale + head * groups_of(l.d_v), l.d_v, to);
   const int rotary = l.d_k - l.d_v;
-  read_plain<padded>(DType::bf16, row + format.kept_offset() + 2 * int64_t(head) * rotary, rotary, to + l.d_v);
+  read_plain<false>(DType::bf16, row + format.kept_offset() + 2 * int64_t(head) * rotary, rotary, to + l.d_v);
+  // The rotary part begins anywhere in a vector, so a whole last vector of it could reach into the next row.
+  if (padded) std::memset(to + l.d_k, 0, size_t(round_up(l.d_k, 16) - l.d_k) * sizeof(T));
 }
 
 // A head's value where it is not part of the key.

@@ -129,10 +129,19 @@ struct Shape {
   int n_h;
 };
 const Shape shapes[] = {
-    {"mha", KvLayout::mha(4, 64), 4},         {"mha odd", KvLayout::mha(3, 20), 3},       {"gqa 3 to 1", KvLayout::gqa(3, 64), 9},
-    {"gqa 5 to 1", KvLayout::gqa(2, 40), 10}, {"mqa 17", KvLayout::mqa(32), 17},          {"mla", KvLayout::mla(64, 16), 16},
-    {"mla odd", KvLayout::mla(40, 8), 5},     {"mla odd sizes", KvLayout::mla(33, 6), 3}, {"mla 128 heads", KvLayout::mla(96, 32), 128},
-    {"expanded", {3, 48, 32, false}, 3},      {"expanded odd", {2, 19, 25, false}, 4},    {"wide value", {2, 16, 80, false}, 8},
+    {"mha", KvLayout::mha(4, 64), 4},
+    {"mha odd", KvLayout::mha(3, 20), 3},
+    {"gqa 3 to 1", KvLayout::gqa(3, 64), 9},
+    {"gqa 5 to 1", KvLayout::gqa(2, 40), 10},
+    {"mqa 17", KvLayout::mqa(32), 17},
+    {"mla", KvLayout::mla(64, 16), 16},
+    {"mla odd", KvLayout::mla(40, 8), 5},
+    {"mla odd sizes", KvLayout::mla(33, 6), 3},
+    {"mla full vector", KvLayout::mla(20, 12), 3},
+    {"mla 128 heads", KvLayout::mla(96, 32), 128},
+    {"expanded", {3, 48, 32, false}, 3},
+    {"expanded odd", {2, 19, 25, false}, 4},
+    {"wide value", {2, 16, 80, false}, 8},
 };
 
 TEST_P(EveryIsa, AgreesWithTheReferenceForEveryLayoutTypeAndLength) {
