@@ -45,6 +45,7 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 // The median of one of the ceilings over a row's samples.
 double middle(const std::vector<Ceilings>& samples, double Ceilings::*what) {
   std::vector<double> values;
+  values.reserve(samples.size());
   for (const Ceilings& c : samples) values.push_back(c.*what);
   return median(std::move(values));
 }
@@ -279,6 +280,7 @@ void bench(const BenchOptions& o) {
   if (o.repeat < 1 || o.repeat > 1000) fail_input("--repeat is {}; give how often to measure, 1 to 1000", o.repeat);
   if (o.steps < 1 || o.steps > 100000) fail_input("--steps is {}; give the tokens of a decode sample, 1 to 100000", o.steps);
   const std::vector<Case> all = cases(o);
+  if (all.empty() && !o.ops) fail_input("there is nothing to measure; give a --prompt, a --batch or --ops");
   Session session(o.model);
   Bench bench(session, o);
   for (const Case& c : all) bench.check_memory(c.prompt ? 1 : c.batch, c.depth + std::max<int64_t>(c.prompt, o.steps));

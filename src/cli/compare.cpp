@@ -175,6 +175,7 @@ void compare(const CompareOptions& o) {
   if (o.repeat < 1 || o.repeat > 1000) fail_input("--repeat is {}; give how often to measure, 1 to 1000", o.repeat);
   const std::vector<int64_t> depths = parse_list(o.depths, "--depth", 1);
   parse_kv_type(o.kv_type);
+  if (!o.svg.empty()) check_output(o.svg, "--svg");
   const Config config =
       std::filesystem::path(o.path).extension() == ".json" ? read_config_file(o.path) : read_config(Checkpoint::open(o.path));
   const auto device = o.machine.open();

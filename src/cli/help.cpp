@@ -5,6 +5,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <regex>
 #include <sstream>
 
 namespace mla {
@@ -110,16 +111,14 @@ std::string help_text(const CLI::App& program) {
 }
 
 std::string usage_problem(const std::string& message) {
-  static const std::pair<std::string, std::string> known[] = {
-      {"The following argument was not expected: ", "unexpected argument "},
-      {"The following arguments were not expected: ", "unexpected arguments "},
-      {"A subcommand is required", "a command is missing"},
-      {"Could not convert: ", "not a number: "},
+  static const std::pair<std::regex, const char*> known[] = {
+      {std::regex("The following arguments? w(?:as|ere) not expected: (.*)"), "unexpected argument $1"},
+      {std::regex("Could not convert: (\\S+) = (.*)"), "$1 is \"$2\"; give a number"},
+      {std::regex("(\\S+): 1 required \\S+ missing"), "$1 needs a value"},
+      {std::regex("(.*) is required"), "$1 is missing"},
   };
   for (const auto& [theirs, ours] : known)
-    if (message.starts_with(theirs)) return ours + message.substr(theirs.size());
-  for (const char* ending : {" is required"})
-    if (message.ends_with(ending)) return message.substr(0, message.size() - std::string(ending).size()) + " is missing";
+    if (std::regex_match(message, theirs)) return std::regex_replace(message, theirs, ours);
   return message;
 }
 

@@ -34,6 +34,7 @@ std::vector<std::vector<int64_t>> rows_by_position(const std::vector<int32_t>& r
 
 void logits(const LogitsOptions& o) {
   if (o.chunk < 1) fail_input("--chunk is {}; give the number of tokens in a step, 1 or more", o.chunk);
+  check_output(o.out, "-o");
   const std::vector<int32_t> ids = read_npy_ids(o.ids);
   if (ids.empty()) fail_input("{} holds no ids; give at least one", o.ids);
   std::vector<int32_t> rows;

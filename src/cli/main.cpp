@@ -44,15 +44,19 @@ int run(int argc, char** argv) {
     add(program, work);
   try {
     program.parse(argc, argv);
-  } catch (const CLI::Success&) {  // --help, --version
-    return program.get_subcommands().empty() && argc > 1 && std::string_view(argv[1]) == "--version"
-               ? (fmt::print("mla 0.1.0\n"), done)
-               : (fmt::print("{}", help_text(program)), done);
+  } catch (const CLI::CallForVersion& version) {
+    fmt::print("{}\n", version.what());
+    return done;
+  } catch (const CLI::Success&) {
+    fmt::print("{}", help_text(program));
+    return done;
   } catch (const CLI::ParseError& error) {
     if (argc == 1) {
       fmt::print(stderr, "{}", help_text(program));
       return wrong_input;
     }
+    if (argv[1][0] != '-' && program.get_subcommands().empty())
+      return complain(wrong_input, fmt::format("there is no command {}; see mla --help", argv[1]));
     return complain(wrong_input, fmt::format("{}; see {}", usage_problem(error.what()), help_of(program)));
   }
   catch_interrupts();

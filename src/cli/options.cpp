@@ -127,6 +127,16 @@ SamplingOptions SamplingArguments::read() const {
   return out;
 }
 
+void check_output(const std::string& path, const char* option) {
+  namespace fs = std::filesystem;
+  std::error_code ignored;
+  const fs::path folder = fs::absolute(path).parent_path();
+  if (!fs::is_directory(folder, ignored)) fail_input("{} is {}, and there is no folder {}; make it first", option, path, folder.string());
+  const fs::file_status status = fs::status(path, ignored);
+  if (fs::exists(status) && !fs::is_regular_file(status))
+    fail_input("{} is {}, which is there and no file; give another name", option, path);
+}
+
 std::string read_file(const std::string& path) {
   std::ostringstream text;
   if (path == "-") {

@@ -50,6 +50,9 @@ struct SamplingArguments {
 
 void add_sampling_options(CLI::App& command, SamplingArguments& arguments);
 
+// Before any work: a file can be put there. Files are renamed into place, which must not replace a device or a pipe.
+void check_output(const std::string& path, const char* option);
+
 std::string read_file(const std::string& path);  // "-": stdin; raises Error
 
 }  // namespace mla

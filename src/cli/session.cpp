@@ -64,6 +64,7 @@ const ModelOptions& checked(const ModelOptions& options) {
   options.kv_type();
   options.form();
   if (options.context < 0) fail_input("--context is {}; give the number of tokens the cache should have room for", options.context);
+  if (!options.dump.empty()) check_output(options.dump, "--dump");
   return options;
 }
 

@@ -71,6 +71,7 @@ void tokenize(const TokenizeOptions& o) {
   const int sources = int(o.text.has_value()) + !o.file.empty() + !o.decode.empty();
   if (sources != 1)
     fail_input("there is {} to tokenize; give one of --text, --file and --decode", sources ? "more than one thing" : "nothing");
+  if (!o.out.empty()) check_output(o.out, "-o");
   const Tokenizer tokenizer = open(o.path);
   o.decode.empty() ? encode(tokenizer, o) : decode(tokenizer, o);
 }

@@ -3,6 +3,7 @@
 
 #include "cli/format.h"
 #include "cli/interrupt.h"
+#include "cli/options.h"
 #include "cli/progress.h"
 #include "core/check.h"
 #include "core/threads.h"
@@ -23,6 +24,7 @@ void WritingOptions::check() const {
     fail_input("--type is \"{}\"; {}", type,
                gguf() ? "a .gguf is written as q8_0, q4_0, bf16, f16 or f32"
                       : "a folder is written as bf16, f16 or f32; for q8_0 and q4_0 let -o end in .gguf");
+  if (gguf()) check_output(out, "-o");
   if (threads < 0 || threads > 1024) fail_input("--threads is {}; give 1 to 1024, or 0 for all processors", threads);
 }
 
