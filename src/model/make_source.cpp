@@ -105,7 +105,8 @@ TensorSource reordered_rows(const StoredTensor& t, int64_t d, bool to_pairs) {
   const std::vector<float> bias = decoded(t);
   std::vector<float> to(bias.size());
   for (size_t i = 0; i < to.size(); ++i) to[i] = bias[size_t(reordered(int64_t(i), d, to_pairs))];
-  return computed(std::move(to), int64_t(to.size()));
+  const auto n = int64_t(to.size());
+  return computed(std::move(to), n);
 }
 
 }  // namespace
