@@ -12,11 +12,21 @@ namespace {
 
 using Logits = std::vector<float>;
 
+constexpr const char* text =
+    "The lighthouse keeper climbed the stairs every evening, an hour before sunset. He trimmed the wick, filled the lamp with oil and "
+    "wiped "
+    "the salt from the windows. Then he sat down with his logbook and wrote what he had seen: three fishing boats on their way home, a "
+    "steamer far out to the west, and clouds that would bring rain before the morning. ";
+
 class Runs {
  public:
   explicit Runs(Session& session) : model_(session.model()) {
-    constexpr int64_t length = 2 * LatentCache::page_tokens + 3;
-    for (int64_t i = 0; i < length; ++i) ids_.push_back(int32_t(random_bits(5, uint64_t(i)) % uint64_t(model_.config().vocab_size)));
+    constexpr size_t length = 2 * LatentCache::page_tokens + 3;
+    // Sense where there is a tokenizer: on nonsense a model's answers are vague, and rounding moves them about.
+    while (session.tokenizer() && ids_.size() < length)
+      for (int32_t id : session.tokenizer()->encode(text, ids_.empty(), false)) ids_.push_back(id);
+    for (size_t i = ids_.size(); i < length; ++i) ids_.push_back(int32_t(random_bits(5, i) % uint64_t(model_.config().vocab_size)));
+    ids_.resize(length);
   }
 
   size_t length() const { return ids_.size(); }
@@ -77,17 +87,26 @@ class Runs {
   std::vector<int32_t> ids_;
 };
 
-// max |a - b| as a share of b's spread (its standard deviation).
+// The root mean square of a - b as a share of b's spread (its standard deviation).
 double difference(const Logits& a, const Logits& b) {
-  double sum = 0, squares = 0, most = 0;
+  double sum = 0, squares = 0, errors = 0;
   for (size_t i = 0; i < b.size(); ++i) {
     sum += b[i];
     squares += double(b[i]) * b[i];
-    most = std::max(most, std::fabs(double(a[i]) - b[i]));
-    if (!std::isfinite(a[i])) return INFINITY;
+    errors += (double(a[i]) - b[i]) * (double(a[i]) - b[i]);
   }
-  const double mean = sum / double(b.size()), spread = std::sqrt(std::max(squares / double(b.size()) - mean * mean, 1e-30));
-  return most / spread;
+  const double n = double(b.size()), variance = squares / n - sum / n * sum / n;
+  return std::isfinite(errors) ? std::sqrt(errors / n / std::max(variance, 1e-30)) : INFINITY;
+}
+
+// Attention adds up in another order for one query than for many. With f32 weights that stays as small as it is; where products round
+// their inputs to bf16 or int8, it tips some of these to the next number, and what comes out differs as much as rounding itself does.
+// A mistake differs by the whole spread.
+double tolerance(const Session& session) {
+  double most = 1e-3;
+  for (const StoredTensor& t : session.checkpoint().tensors())
+    if (t.value.rank > 1) most = std::max(most, is_quantised(t.value.dtype) ? 0.3 : t.value.dtype == DType::f32 ? 1e-3 : 0.05);
+  return most;
 }
 
 }  // namespace
@@ -98,26 +117,24 @@ std::vector<Check> check_model(Session& session, const std::function<void(double
   progress(0);
   const Logits whole = runs.run(runs.length());
   if (difference(whole, whole) != 0) return {{"forward pass", Verdict::wrong, "the logits are not finite"}};
-  // Quantised activations round differently in other shapes; what is really broken is off by the whole spread.
-  auto compare = [&](const char* name, const Logits& logits, double tolerance) {
+  const double allowed = tolerance(session);
+  auto compare = [&](const char* name, const Logits& logits) {
     const double d = difference(logits, whole);
-    out.push_back(
-        {name, d <= tolerance ? Verdict::ok : Verdict::wrong,
-         fmt::format("off by {:.1e} of the logits' spread{}", d, d <= tolerance ? "" : fmt::format(", more than {:g}", tolerance))});
+    out.push_back({name, d <= allowed ? Verdict::ok : Verdict::wrong,
+                   fmt::format("off by {:.1e} of the logits' spread{}", d, d <= allowed ? "" : fmt::format(", more than {:g}", allowed))});
     progress(double(out.size()) / 8);
   };
-  constexpr double close = 0.05;
   constexpr size_t page = LatentCache::page_tokens;
   for (const auto& [name, n] : {std::pair<const char*, size_t>{"chunks of 1 = at once", 1},
                                 {"chunks of 7 = at once", 7},
                                 {"chunks of a page less one = at once", page - 1},
                                 {"chunks of a page and one = at once", page + 1}})
-    compare(name, runs.run(n), close);
-  compare("in a batch = alone", runs.batched(), close);
-  compare("on a forked prefix = cold", runs.forked(), close);
+    compare(name, runs.run(n));
+  compare("in a batch = alone", runs.batched());
+  compare("on a forked prefix = cold", runs.forked());
   if (session.config().is_mla()) {
-    compare("absorbed = chosen form", runs.run(runs.length(), MlaForm::absorbed), close);
-    compare("expanded = chosen form", runs.run(runs.length(), MlaForm::expanded), close);
+    compare("absorbed = chosen form", runs.run(runs.length(), MlaForm::absorbed));
+    compare("expanded = chosen form", runs.run(runs.length(), MlaForm::expanded));
   }
   return out;
 }

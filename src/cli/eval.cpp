@@ -146,8 +146,8 @@ void eval(const EvalOptions& o) {
     figures.add_to(out);
     print_json(out);
   } else if (score.scored > 0) {
-    fmt::print("perplexity {:.4f}  (nll {:.5f} over {} tokens, {} windows of {}; the text has {})\n", std::exp(nll), nll,
-               grouped(score.scored), score.windows, evaluation.window(), grouped(count));
+    fmt::print("perplexity {:.4f}  (nll {:.5f} over {} tokens, {} window{} of {}; the text has {})\n", std::exp(nll), nll,
+               grouped(score.scored), score.windows, score.windows == 1 ? "" : "s", evaluation.window(), grouped(count));
   }
   std::fflush(stdout);
   figures.print();

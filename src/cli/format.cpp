@@ -55,7 +55,7 @@ std::string count_text(double n) {
 
 std::string grouped(int64_t n) {
   std::string digits = std::to_string(n);
-  for (auto i = int64_t(digits.size()) - 3; i > (n < 0 ? 1 : 0); i -= 3) digits.insert(size_t(i), " ");
+  for (auto i = int64_t(digits.size()) - 3; i > (n < 0 ? 1 : 0); i -= 3) digits.insert(size_t(i), 1, ' ');
   return digits;
 }
 
