@@ -143,6 +143,7 @@ void eval(const EvalOptions& o) {
     out["windows"] = score.windows;
     out["context"] = evaluation.window();
     out["stride"] = evaluation.stride();
+    out["activations"] = o.model.activations_name;
     figures.add_to(out);
     print_json(out);
   } else if (score.scored > 0) {
@@ -162,6 +163,7 @@ void add_eval(CLI::App& program, Work& work) {
                             "  mla eval model.gguf --file book.txt\n"
                             "  mla eval model.gguf --file book.txt --context 2048 --windows 8 --json\n"
                             "  mla eval folder --file book.txt --kv-type i8     # what an int8 cache costs");
+  o->model.activations_name = "i16";  // a measurement is of the model, not of the rounding that makes it fast
   add_model_options(c, o->model, false);
   c.add_option("-f,--file", o->file, "the text; - is stdin")->option_text("FILE")->group("text");
   c.add_option("--ids", o->ids, "a .npy file with token ids instead")->option_text("FILE")->group("text");

@@ -83,6 +83,7 @@ void add_logits(CLI::App& program, Work& work) {
       add_command(program, "logits", "write the logits of a sequence of ids to a .npy file",
                   "  mla logits folder --ids ids.npy -o logits.npy\n"
                   "  mla logits folder --ids ids.npy --rows rows.npy --chunk 64 --attention absorbed --kv-type f32 -o logits.npy");
+  o->model.activations_name = "i16";  // a measurement is of the model, not of the rounding that makes it fast
   add_model_options(c, o->model);
   c.add_option("--ids", o->ids, "a .npy file with the ids of one sequence, from position 0")
       ->required()

@@ -43,6 +43,12 @@ MlaForm ModelOptions::form() const {
   fail_input("--attention is \"{}\"; give auto, absorbed or expanded", attention_name);
 }
 
+Activations ModelOptions::activations() const {
+  if (activations_name == "i8") return Activations::i8;
+  if (activations_name == "i16") return Activations::i16;
+  fail_input("--activations is \"{}\"; give i8 or i16", activations_name);
+}
+
 void add_model_path(CLI::App& command, std::string& path, const std::string& what) {
   command.add_option("MODEL", path, what)->required()->group("arguments");
 }
@@ -72,6 +78,11 @@ void add_model_options(CLI::App& command, ModelOptions& options, bool with_conte
       .add_option("--attention", options.attention_name,
                   "form of latent attention: auto, absorbed or expanded (default: auto, the cheaper)")
       ->option_text("FORM")
+      ->group("machine");
+  command
+      .add_option("--activations", options.activations_name,
+                  fmt::format("what meets quantised weights: i8, or i16 at about twice the time (default: {})", options.activations_name))
+      ->option_text("TYPE")
       ->group("machine");
   command.add_option("--dump", options.dump, "write every named intermediate of the forward passes to a .safetensors file")
       ->option_text("FILE")

@@ -23,18 +23,20 @@ struct MachineOptions {
 struct ModelOptions {
   std::string path;
   MachineOptions machine;
-  std::string kv_type_name = "bf16", attention_name = "auto";
+  std::string kv_type_name = "bf16", attention_name = "auto", activations_name = "i8";
   int64_t context = 0;  // tokens the cache has room for; 0: as many as the work needs
   std::string dump;     // a .safetensors file for the intermediates; empty: none
 
   DType kv_type() const;
   MlaForm form() const;
+  Activations activations() const;
 };
 
 void add_model_path(CLI::App& command, std::string& path, const std::string& what = "a Hugging Face folder or a GGUF file");
 void add_machine_options(CLI::App& command, MachineOptions& options);
 void add_kv_type(CLI::App& command, std::string& name);
-void add_model_options(CLI::App& command, ModelOptions& options, bool with_context = true);  // the path and all of the above
+// The path and all of the above; what `options` holds are the defaults.
+void add_model_options(CLI::App& command, ModelOptions& options, bool with_context = true);
 void add_json(CLI::App& command, bool& json);
 
 DType parse_kv_type(const std::string& name);

@@ -91,6 +91,7 @@ std::optional<Tokenizer> open_tokenizer(const Checkpoint& checkpoint) {
 Session::Session(const ModelOptions& options) : options_(checked(options)), checkpoint_(Checkpoint::open(options.path)) {
   tokenizer_ = open_tokenizer(checkpoint_);
   device_ = options.machine.open();
+  device_->activations = options.activations();
   model_ = load(checkpoint_, *device_);
   model_->form = options.form();
   if (tokenizer_ && tokenizer_->vocab_size() > config().vocab_size)

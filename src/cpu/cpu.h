@@ -19,7 +19,8 @@ class CpuDevice final : public Device {
   Ceilings probe(double seconds) override;
   Weight pack(std::span<const Tensor> pieces) override;
   void embed(std::span<const int32_t> ids, const Weight& w, Tensor out) override;
-  void linear(Tensor x, const Weight& w, Tensor bias, Tensor y, bool add) override;
+  using Device::linear;
+  void linear(Tensor x, std::span<const Projection> projections) override;
   void linear_heads(Tensor x, const Weight& w, Tensor y) override;
   void ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tensor out) override;
   void route(Tensor logits, const RouterConfig& config, Routing out) override;

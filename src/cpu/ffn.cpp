@@ -71,7 +71,8 @@ Inputs write_inputs(CpuDevice& device, const PackedShape& shape, const Plan& pla
   const int64_t n = x.shape[0], bytes = shape.token_bytes();
   auto* single = static_cast<std::byte*>(device.scratch().bytes(size_t(n * bytes)));
   auto write = [&](int64_t i, int) {
-    device.kernels().write_row(shape.acts, x.f32() + i * x.stride[0], x.shape[1], shape.blocks, single + i * bytes, shape.acts.block_bytes);
+    write_records(device.kernels(), shape, token_records(shape, 1, 0), x.f32() + i * x.stride[0], x.shape[1], shape.blocks,
+                  single + i * bytes);
   };
   if (n * x.shape[1] < 16384)
     for (int64_t i = 0; i < n; ++i) write(i, 0);
@@ -85,7 +86,7 @@ Inputs write_inputs(CpuDevice& device, const PackedShape& shape, const Plan& pla
     for_tiles(expert.count, 0, expert.count, shape.acts.tile, [&](int64_t at, int tokens) {
       if (tokens == 1) return;
       std::byte* to = tiled + (expert.first + at) * bytes;
-      for (int64_t b = 0; b < shape.blocks; ++b)
+      for (int64_t b = 0; b < shape.records(); ++b)
         for (int t = 0; t < tokens; ++t, to += shape.acts.block_bytes)
           std::memcpy(to, single + plan.token[expert.first + at + t] * bytes + b * shape.acts.block_bytes, size_t(shape.acts.block_bytes));
     });
@@ -113,15 +114,15 @@ void gate_and_up(CpuDevice& device, const FfnWeights& w, const PackedShape& gate
     alignas(64) float g[most_tokens * most_groups * lanes], u[most_tokens * most_groups * lanes];
     for_tiles(expert.count, 0, expert.count, gate.acts.tile, [&](int64_t at, int tokens) {
       const int64_t place = expert.first + at;
-      gate.product(
-          {gate_at, gate.group_bytes, groups, x.tile(gate, plan, place, tokens), tokens, gate.units, at == 0, up_at, g, groups * lanes});
-      up.product({up_at, up.group_bytes, groups, (x_up ? *x_up : x).tile(up, plan, place, tokens), tokens, up.units, at == 0,
-                  gate_at + groups * gate.group_bytes, u, groups * lanes});
+      multiply_tile(gate, {gate_at, gate.group_bytes, groups, x.tile(gate, plan, place, tokens), tokens, gate.units, at == 0, up_at, g,
+                           groups * lanes});
+      multiply_tile(up, {up_at, up.group_bytes, groups, (x_up ? *x_up : x).tile(up, plan, place, tokens), tokens, up.units, at == 0,
+                         gate_at + groups * gate.group_bytes, u, groups * lanes});
       for (int t = 0; t < tokens; ++t) {
         kernels.silu_mul(g + t * groups * lanes, u + t * groups * lanes, rows);
         const TokenRecords to = token_records(down, expert.count, at + t);
-        kernels.write_row(down.acts, g + t * groups * lanes, rows, blocks,
-                          hidden + expert.first * down.token_bytes() + to.offset + block * to.step, to.step);
+        write_records(kernels, down, to, g + t * groups * lanes, rows, blocks,
+                      hidden + expert.first * down.token_bytes() + to.offset + block * to.step);
       }
     });
   });
@@ -143,8 +144,8 @@ void down_and_add(CpuDevice& device, const FfnWeights& w, const PackedShape& dow
       const std::byte* next = e + 1 < plan.active ? weights_of(e + 1) : weights_of(0) + groups * down.group_bytes;
       for_tiles(expert.count, 0, expert.count, down.acts.tile, [&](int64_t at, int tokens) {
         const int64_t place = expert.first + at;
-        down.product({weights_of(e), down.group_bytes, groups, hidden + place * down.token_bytes(), tokens, down.units, at == 0, next, y,
-                      groups * lanes});
+        multiply_tile(down, {weights_of(e), down.group_bytes, groups, hidden + place * down.token_bytes(), tokens, down.units, at == 0,
+                             next, y, groups * lanes});
         for (int t = 0; t < tokens; ++t)
           device.kernels().add(y + t * groups * lanes, plan.weight[place + t], rows,
                                out.f32() + plan.token[place + t] * out.stride[0] + first * lanes);
@@ -167,7 +168,7 @@ void CpuDevice::ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tenso
       "{} tokens routed by {}", n, mla::describe(routing->expert));
   if (n == 0) return;
   ArenaScope scope(scratch_);
-  const PackedShape gate(kernels_, w.gate.dtype, width, d), up(kernels_, w.up.dtype, width, d), down(kernels_, w.down.dtype, d, width);
+  const PackedShape gate(kernels_, activations, w.gate), up(kernels_, activations, w.up), down(kernels_, activations, w.down);
   const Plan plan = routing ? plan_routed(scratch_, *routing, n, w.gate.count) : plan_dense(scratch_, n);
   if (plan.places == 0) return;
   const Inputs inputs = write_inputs(*this, gate, plan, x);

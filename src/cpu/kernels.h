@@ -47,6 +47,7 @@ struct ActFormat {
   bool halves;      // i8: the weight has a scale for every 16 columns
   int block_bytes;  // of one token's record
   int tile;         // tokens that one pass over the weights serves
+  bool operator==(const ActFormat&) const = default;
 };
 
 // The product of consecutive groups of 16 rows with a tile: out[t · stride + 16 g + lane].

@@ -4,80 +4,112 @@
 #include "cpu/tiles.h"
 #include "cpu/work.h"
 
+#include <vector>
+
 namespace mla {
 namespace {
 
-// y[i, h] = W_h x[i, h] for tokens i and heads h; strides in elements.
-struct Job {
+// Activations x[i, h] of tokens i and heads h; strides in elements.
+struct Inputs {
   const float* x;
-  int64_t x_token, x_head;
+  int64_t token, head;
+  int64_t n, heads;
+};
+
+// y[i, h] = W_h x[i, h] (+ bias) (+ y), in pieces of rows × pieces of tokens.
+struct Job {
+  const Weight* w;
+  PackedShape shape;
   float* y;
   int64_t y_token, y_head;
-  int64_t n, heads;
   const float* bias;
   bool add;
+  const std::byte* acts = nullptr;  // [heads][tiles]
+  int64_t piece = 0, row_pieces = 0, items = 0;
 };
 
 constexpr int64_t tokens_per_piece = 128;  // a multiple of every tile
 
-// [heads][tiles], in the device's scratch; x itself where it already is a record
-const std::byte* write_acts(CpuDevice& device, const PackedShape& shape, const Weight& w, const Job& job) {
-  if (shape.acts.kind == ActKind::f32 && job.n == 1 && job.heads == 1 && w.cols % act_block == 0)
-    return reinterpret_cast<const std::byte*>(job.x);
-  const int64_t head_bytes = job.n * shape.token_bytes();
-  auto* acts = static_cast<std::byte*>(device.scratch().bytes(size_t(job.heads * head_bytes)));
+// The activations as the job wants them, in the device's scratch; x itself where it already is a record.
+const std::byte* write_acts(CpuDevice& device, const Inputs& in, const Job& job) {
+  const PackedShape& shape = job.shape;
+  const int64_t cols = job.w->cols;
+  if (shape.acts.kind == ActKind::f32 && in.n == 1 && in.heads == 1 && cols % act_block == 0)
+    return reinterpret_cast<const std::byte*>(in.x);
+  const int64_t head_bytes = in.n * shape.token_bytes();
+  auto* acts = static_cast<std::byte*>(device.scratch().bytes(size_t(in.heads * head_bytes)));
   auto write = [&](int64_t item, int) {
-    const int64_t i = item / job.heads, h = item % job.heads;
-    const TokenRecords to = token_records(shape, job.n, i);
-    device.kernels().write_row(shape.acts, job.x + i * job.x_token + h * job.x_head, w.cols, shape.blocks,
-                               acts + h * head_bytes + to.offset, to.step);
+    const int64_t i = item / in.heads, h = item % in.heads;
+    const TokenRecords to = token_records(shape, in.n, i);
+    write_records(device.kernels(), shape, to, in.x + i * in.token + h * in.head, cols, shape.blocks, acts + h * head_bytes + to.offset);
   };
-  if (job.n * job.heads * w.cols < 16384)
-    for (int64_t item = 0; item < job.n * job.heads; ++item) write(item, 0);
+  if (in.n * in.heads * cols < 16384)
+    for (int64_t item = 0; item < in.n * in.heads; ++item) write(item, 0);
   else
-    device.threads().parallel(job.n * job.heads, write);
+    device.threads().parallel(in.n * in.heads, write);
   return acts;
 }
 
-void multiply(CpuDevice& device, const Weight& w, const Job& job) {
-  const PackedShape shape(device.kernels(), w.dtype, w.rows, w.cols);
-  CHECK(shape.product, "no products with {} weights", info(w.dtype).name);
-  if (job.n == 0) return;
-  ArenaScope scope(device.scratch());
-  const std::byte* acts = write_acts(device, shape, w, job);
+void multiply_piece(CpuDevice& device, const Inputs& in, const Job& job, int64_t item) {
+  const PackedShape& shape = job.shape;
+  const int64_t token_pieces = (in.n + tokens_per_piece - 1) / tokens_per_piece;
+  const int64_t h = item / (job.row_pieces * token_pieces), first = item / token_pieces % job.row_pieces * job.piece;
+  const int64_t groups = std::min(job.piece, shape.groups - first), from = item % token_pieces * tokens_per_piece;
+  const int64_t rows = std::min(groups * lanes, job.w->rows - first * lanes);
+  alignas(64) float out[most_tokens * most_groups * lanes];
+  for_tiles(in.n, from, std::min(in.n, from + tokens_per_piece), shape.acts.tile, [&](int64_t at, int tokens) {
+    multiply_tile(shape, {job.w->data + h * job.w->matrix_bytes + first * shape.group_bytes, shape.group_bytes, groups,
+                          job.acts + (h * in.n + at) * shape.token_bytes(), tokens, shape.units, at == from, nullptr, out, groups * lanes});
+    for (int t = 0; t < tokens; ++t)
+      device.kernels().finish(out + t * groups * lanes, job.bias ? job.bias + first * lanes : nullptr, job.add, rows,
+                              job.y + (at + t) * job.y_token + h * job.y_head + first * lanes);
+  });
+}
 
-  const int64_t piece = groups_per_piece(shape.groups * job.heads, shape.group_bytes, job.n, device.threads().count());
-  const int64_t row_pieces = (shape.groups + piece - 1) / piece, token_pieces = (job.n + tokens_per_piece - 1) / tokens_per_piece;
-  share_out(device.threads(), job.heads * row_pieces * token_pieces, [&](int64_t item, int) {
-    const int64_t h = item / (row_pieces * token_pieces), first = item / token_pieces % row_pieces * piece;
-    const int64_t groups = std::min(piece, shape.groups - first), from = item % token_pieces * tokens_per_piece;
-    const int64_t rows = std::min(groups * lanes, w.rows - first * lanes);
-    alignas(64) float out[most_tokens * most_groups * lanes];
-    for_tiles(job.n, from, std::min(job.n, from + tokens_per_piece), shape.acts.tile, [&](int64_t at, int tokens) {
-      const std::byte* tile = acts + (h * job.n + at) * shape.token_bytes();
-      shape.product({w.data + h * w.matrix_bytes + first * shape.group_bytes, shape.group_bytes, groups, tile, tokens, shape.units,
-                     at == from, nullptr, out, groups * lanes});
-      for (int t = 0; t < tokens; ++t)
-        device.kernels().finish(out + t * groups * lanes, job.bias ? job.bias + first * lanes : nullptr, job.add, rows,
-                                job.y + (at + t) * job.y_token + h * job.y_head + first * lanes);
-    });
+// All jobs in one loop over the threads; those that want the same activations share them.
+void multiply(CpuDevice& device, const Inputs& in, std::span<Job> jobs) {
+  if (in.n == 0) return;
+  ArenaScope scope(device.scratch());
+  const int64_t token_pieces = (in.n + tokens_per_piece - 1) / tokens_per_piece;
+  int64_t items = 0, groups = 0;
+  for (const Job& job : jobs) groups += job.shape.groups * in.heads;
+  for (Job& job : jobs) {
+    CHECK(job.shape.product, "no products with {} weights", info(job.w->dtype).name);
+    for (const Job* other = jobs.data(); other != &job; ++other)
+      if (other->shape.acts == job.shape.acts && other->shape.blocks == job.shape.blocks) job.acts = other->acts;
+    if (!job.acts) job.acts = write_acts(device, in, job);
+    job.piece = groups_per_piece(groups, job.shape.group_bytes, in.n, device.threads().count());
+    job.row_pieces = (job.shape.groups + job.piece - 1) / job.piece;
+    job.items = in.heads * job.row_pieces * token_pieces;
+    items += job.items;
+  }
+  share_out(device.threads(), items, [&](int64_t item, int) {
+    const Job* job = jobs.data();
+    for (; item >= job->items; ++job) item -= job->items;
+    multiply_piece(device, in, *job, item);
   });
 }
 
 }  // namespace
 
-void CpuDevice::linear(Tensor x, const Weight& w, Tensor bias, Tensor y, bool add) {
-  CHECK(x.rank == 2 && y.rank == 2 && w.count == 1 && x.shape[1] == w.cols && y.shape[1] == w.rows && x.shape[0] == y.shape[0],
-        "product of {} with [{}, {}] into {}", mla::describe(x), w.rows, w.cols, mla::describe(y));
-  CHECK(!bias.data || bias.count() == w.rows, "bias {} for {} rows", mla::describe(bias), w.rows);
-  multiply(*this, w, {x.f32(), x.stride[0], 0, y.f32(), y.stride[0], 0, x.shape[0], 1, bias.f32(), add});
+void CpuDevice::linear(Tensor x, std::span<const Projection> projections) {
+  std::vector<Job> jobs;
+  jobs.reserve(projections.size());
+  for (const Projection& p : projections) {
+    CHECK(x.rank == 2 && p.y.rank == 2 && p.w.count == 1 && x.shape[1] == p.w.cols && p.y.shape[1] == p.w.rows && x.shape[0] == p.y.shape[0],
+          "product of {} with [{}, {}] into {}", mla::describe(x), p.w.rows, p.w.cols, mla::describe(p.y));
+    CHECK(!p.bias.data || p.bias.count() == p.w.rows, "bias {} for {} rows", mla::describe(p.bias), p.w.rows);
+    jobs.push_back({&p.w, {kernels_, activations, p.w}, p.y.f32(), p.y.stride[0], 0, p.bias.data ? p.bias.f32() : nullptr, p.add});
+  }
+  multiply(*this, {x.f32(), x.stride[0], 0, x.shape[0], 1}, jobs);
 }
 
 void CpuDevice::linear_heads(Tensor x, const Weight& w, Tensor y) {
   CHECK(x.rank == 3 && y.rank == 3 && x.shape[1] == w.count && y.shape[1] == w.count && x.shape[2] == w.cols && y.shape[2] == w.rows &&
             x.shape[0] == y.shape[0],
         "products of {} with {} × [{}, {}] into {}", mla::describe(x), w.count, w.rows, w.cols, mla::describe(y));
-  multiply(*this, w, {x.f32(), x.stride[0], x.stride[1], y.f32(), y.stride[0], y.stride[1], x.shape[0], w.count, nullptr, false});
+  Job job{&w, {kernels_, activations, w}, y.f32(), y.stride[0], y.stride[1], nullptr, false};
+  multiply(*this, {x.f32(), x.stride[0], x.stride[1], x.shape[0], w.count}, std::span(&job, 1));
 }
 
 }  // namespace mla

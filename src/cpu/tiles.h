@@ -1,8 +1,10 @@
-// Tokens of a product cut into tiles: as many as one pass over the weights serves, then ever smaller powers of two.
+// Tokens of a product cut into tiles: as many as one pass over the weights serves, then ever smaller powers of two. A tile's activations
+// are [pass][block][token] of records.
 #pragma once
 
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
+#include "device/device.h"
 
 #include <algorithm>
 
@@ -10,19 +12,21 @@ namespace mla {
 
 // What a product needs to know of a weight's shape.
 struct PackedShape {
-  PackedShape(const Kernels& kernels, DType type, int64_t rows, int64_t cols)
-      : acts(kernels.acts[int(type)]),
-        product(kernels.product[int(type)]),
-        groups(packed_groups(rows)),
-        units(packed_units(type, cols)),
-        group_bytes(packed_group_bytes(type, cols)),
-        blocks(units * (packed_format(type).unit_cols / act_block)) {}
+  PackedShape(const Kernels& kernels, Activations activations, const Weight& w)
+      : acts(kernels.acts[int(w.dtype)]),
+        product(kernels.product[int(w.dtype)]),
+        groups(packed_groups(w.rows)),
+        units(packed_units(w.dtype, w.cols)),
+        group_bytes(packed_group_bytes(w.dtype, w.cols)),
+        blocks(units * (packed_format(w.dtype).unit_cols / act_block)),
+        passes(activations == Activations::i16 && (acts.kind == ActKind::i8 || acts.kind == ActKind::i8_affine) ? 2 : 1) {}
 
-  int64_t token_bytes() const { return blocks * acts.block_bytes; }  // of one token's activations
+  int64_t records() const { return passes * blocks; }  // of one token
+  int64_t token_bytes() const { return records() * acts.block_bytes; }
 
   ActFormat acts;
   void (*product)(const Product&);
-  int64_t groups, units, group_bytes, blocks;
+  int64_t groups, units, group_bytes, blocks, passes;
 };
 
 // The tile that starts at token `at` of n.
@@ -42,20 +46,49 @@ void for_tiles(int64_t n, int64_t from, int64_t to, int most, F f) {
   }
 }
 
-// Where token i of n has its first record, and how far apart its records are; tiles follow each other in memory.
+// Where token i of n has its first record, how far apart its records are, and where the second pass has the record of the same block;
+// tiles follow each other in memory.
 struct TokenRecords {
-  int64_t offset, step;
+  int64_t offset, step, second;
 };
 inline TokenRecords token_records(const PackedShape& shape, int64_t n, int64_t i) {
   const int most = shape.acts.tile;
   int64_t at = i / most * most;
   int tokens = tile_tokens(n, at, most);
   while (i >= at + tokens) at += tokens, tokens = tile_tokens(n, at, most);
-  return {at * shape.token_bytes() + (i - at) * shape.acts.block_bytes, int64_t(tokens) * shape.acts.block_bytes};
+  const int64_t step = int64_t(tokens) * shape.acts.block_bytes;
+  return {at * shape.token_bytes() + (i - at) * shape.acts.block_bytes, step, shape.blocks * step};
+}
+
+// Writes `cols` floats, a part of a token, as `blocks` records from `to` on; for the second pass what the first rounds off.
+inline void write_records(const Kernels& kernels, const PackedShape& shape, const TokenRecords& records, const float* x, int64_t cols,
+                          int64_t blocks, std::byte* to) {
+  kernels.write_row(shape.acts, x, cols, blocks, to, records.step);
+  if (shape.passes == 1) return;
+  for (int64_t b = 0; b < blocks; ++b, to += records.step) {
+    const auto& block = *reinterpret_cast<const I8Block*>(to);
+    float rest[act_block] = {};
+    for (int64_t i = 0; i < std::min<int64_t>(act_block, cols - b * act_block); ++i)
+      rest[i] = x[b * act_block + i] - block.scale * float(block.code[i]);
+    kernels.write_row(shape.acts, rest, act_block, 1, to + records.second, records.step);
+  }
 }
 
 constexpr int most_groups = 16;  // of one piece of work: its results for a tile of 16 tokens stay in the first-level cache
 constexpr int most_tokens = 16;
+
+// The product of a tile, in as many passes as its activations have.
+inline void multiply_tile(const PackedShape& shape, const Product& p) {
+  shape.product(p);
+  if (shape.passes == 1) return;
+  alignas(64) float second[most_tokens * most_groups * lanes];
+  Product rest = p;
+  rest.acts += p.tokens * shape.blocks * shape.acts.block_bytes;
+  rest.fetch = false;
+  rest.out = second;
+  shape.product(rest);
+  for (int64_t i = 0; i < p.tokens * p.stride; ++i) p.out[i] += second[i];
+}
 
 // Groups in a piece of work. Few tokens: enough bytes for a stream, few enough to end together. Many: what stays in the
 // second-level cache while tiles of tokens pass over it. Either way several pieces for each thread.

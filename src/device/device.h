@@ -5,6 +5,7 @@
 #include "core/memory.h"
 #include "device/attention.h"
 
+#include <initializer_list>
 #include <memory>
 #include <span>
 #include <string>
@@ -23,6 +24,18 @@ struct Weight {
   explicit operator bool() const { return data != nullptr; }
   int64_t bytes() const { return count * matrix_bytes; }
 };
+
+// One of several products with the same activations: y f32 [n, rows] = x Wᵀ (+ bias f32 [rows], if it has data) (+ y, if add).
+struct Projection {
+  const Weight& w;
+  Tensor bias, y;
+  bool add = false;
+};
+
+// What products with quantised weights make of their activations. i8: codes of 8 bits, a scale for each 32. i16: what that rounds off is
+// quantised once more and multiplied in a second pass, so that results are those of the dequantised
+// weights to about 1e-4 of their size.
+enum class Activations : uint8_t { i8, i16 };
 
 // A gated feed-forward network, or a stack of them: down( silu(gate x) ⊙ up x ).
 struct FfnWeights {
@@ -56,6 +69,7 @@ struct Ceilings {
 class Device {
  public:
   virtual ~Device() = default;
+  Activations activations = Activations::i8;
   virtual std::string describe() const = 0;  // "CPU, avx512-bf16, 2 threads"
   virtual Threads& threads() = 0;
   virtual Ceilings probe(double seconds) = 0;  // measures for about `seconds`
@@ -67,8 +81,10 @@ class Device {
 
   // out f32 [n, cols] = rows ids[i] of w [1, rows, cols]
   virtual void embed(std::span<const int32_t> ids, const Weight& w, Tensor out) = 0;
-  // y f32 [n, rows] = x f32 [n, cols] · Wᵀ (+ bias f32 [rows], if it has data) (+ y, if add). Rows of x and y may be strided.
-  virtual void linear(Tensor x, const Weight& w, Tensor bias, Tensor y, bool add = false) = 0;
+  // Products of x f32 [n, cols] with each w. Rows of x and y may be strided.
+  virtual void linear(Tensor x, std::span<const Projection> projections) = 0;
+  void linear(Tensor x, std::initializer_list<Projection> projections) { linear(x, std::span(projections.begin(), projections.size())); }
+  void linear(Tensor x, const Weight& w, Tensor bias, Tensor y, bool add = false) { linear(x, {{w, bias, y, add}}); }
   // y f32 [n, H, rows] = x f32 [n, H, cols] with its own matrix for each head; w.count = H. Both may be strided in dims 0 and 1.
   virtual void linear_heads(Tensor x, const Weight& w, Tensor y) = 0;
   // out f32 [n, D] += Σ_j weight[j] · ffn_{expert[j]}(x), experts of all tokens grouped. routing null: expert 0 with weight 1.

@@ -13,38 +13,35 @@ int64_t expansion_tile(const Config& c) {
   return std::clamp<int64_t>((int64_t(64) << 20) / bytes / 64 * 64, 64, 4096);
 }
 
-// Queries [n, n_h, d_h + d_R], rotated (eq. 12-15).
-Tensor queries(Step& s, const MlaWeights& w, Tensor h) {
+struct Projected {
+  Tensor q;        // [n, n_h, d_h + d_R], rotated (eq. 12-15)
+  Tensor latents;  // [n, d_c + d_R]: [c_kv ; k_R], what a token leaves in the cache (eq. 9 and 15), the latent normed, the key rotated
+};
+
+Projected project(Step& s, const MlaWeights& w, Tensor h) {
   const Config& c = s.config;
-  const int64_t n = h.shape[0], n_h = c.num_attention_heads, d_h = c.qk_nope_head_dim, d_R = c.qk_rope_head_dim;
+  const int64_t n = h.shape[0], n_h = c.num_attention_heads, d_h = c.qk_nope_head_dim, d_R = c.qk_rope_head_dim, d_c = c.kv_lora_rank;
   Tensor q = s.arena.tensor(DType::f32, {n, n_h * (d_h + d_R)});
+  Tensor rows = s.arena.tensor(DType::f32, {n, d_c + d_R});
   if (w.q) {
-    s.device.linear(h, w.q, {}, q);
+    s.device.linear(h, {{w.q, {}, q}, {w.kv_a, w.kv_a_bias, rows}});
   } else {
     ArenaScope scope(s.arena);
     Tensor latent = s.arena.tensor(DType::f32, {n, c.q_lora_rank});
-    s.device.linear(h, w.q_a, w.q_a_bias, latent);
+    s.device.linear(h, {{w.q_a, w.q_a_bias, latent}, {w.kv_a, w.kv_a_bias, rows}});
     s.device.rms_norm(latent, w.q_a_norm, float(c.latent_norm_eps), latent);
     s.device.linear(latent, w.q_b, {}, q);
   }
   q = view(q.data, DType::f32, {n, n_h, d_h + d_R}, q.place);
   s.device.rope(slice(q, 2, d_h, d_R), s.cos_sin, c.rope_interleaved);
   s.note("attn.query", q);
-  return q;
-}
 
-// What a token leaves in the cache: [c_kv ; k_R] (eq. 9 and 15), the latent normed, the rotary key rotated. [n, d_c + d_R]
-Tensor latents(Step& s, const MlaWeights& w, Tensor h) {
-  const Config& c = s.config;
-  const int64_t n = h.shape[0], d_c = c.kv_lora_rank, d_R = c.qk_rope_head_dim;
-  Tensor rows = s.arena.tensor(DType::f32, {n, d_c + d_R});
-  s.device.linear(h, w.kv_a, w.kv_a_bias, rows);
   const Tensor latent = slice(rows, 1, 0, d_c);
   s.device.rms_norm(latent, w.kv_a_norm, float(c.latent_norm_eps), latent);
-  Tensor rotary = view(rows.data, DType::f32, {n, 1, d_c + d_R}, rows.place);
-  s.device.rope(slice(rotary, 2, d_c, d_R), s.cos_sin, c.rope_interleaved);
+  const Tensor row_heads = view(rows.data, DType::f32, {n, 1, d_c + d_R}, rows.place);
+  s.device.rope(slice(row_heads, 2, d_c, d_R), s.cos_sin, c.rope_interleaved);
   s.note("attn.latent", rows);
-  return rows;
+  return {q, rows};
 }
 
 // Absorbed: q_c·k_c = q_c·(W_UK c) = (W_UKᵀ q_c)·c, and Σ p v = W_UV Σ p c. One cache head of width d_c + d_R serves all heads, so
@@ -100,8 +97,9 @@ bool absorbs(const Step& s, const Span& span) {
 
 bool absorbed_is_cheaper(const Config& c, int64_t n, int64_t T) {
   const double d_h = c.qk_nope_head_dim, d_R = c.qk_rope_head_dim, d_c = c.kv_lora_rank, d_v = c.v_head_dim;
-  const double absorbed = double(n) * double(T) * 2 * (2 * d_c + d_R);
-  const double expanded = double(n) * double(T) * 2 * (d_h + d_R + d_v) + double(T) * 2 * d_c * (d_h + d_v);
+  const double matrices = 2 * d_c * (d_h + d_v);  // of a head; absorbed, each new token meets them; expanded, each token of the context
+  const double absorbed = double(n) * double(T) * 2 * (2 * d_c + d_R) + double(n) * matrices;
+  const double expanded = double(n) * double(T) * 2 * (d_h + d_R + d_v) + double(T) * matrices;
   return absorbed <= expanded;
 }
 
@@ -111,9 +109,9 @@ void attend_mla(Step& s, int layer, const MlaWeights& w, Tensor x) {
   const int64_t n = x.shape[0], n_h = c.num_attention_heads, d_v = c.v_head_dim;
   Tensor h = s.arena.tensor(DType::f32, {n, c.hidden_size});
   s.device.rms_norm(x, w.attn_norm, float(c.rms_norm_eps), h);
-  const Tensor q = queries(s, w, h);
+  const auto [q, rows] = project(s, w, h);
   const Kv kv = s.cache.layer(layer);
-  s.device.store(latents(s, w, h), s.slots, kv);
+  s.device.store(rows, s.slots, kv);
 
   Tensor o = s.arena.tensor(DType::f32, {n, n_h, d_v});
   // Each sequence takes its cheaper form; neighbours that absorb go together.
@@ -121,10 +119,10 @@ void attend_mla(Step& s, int layer, const MlaWeights& w, Tensor x) {
     size_t end = i;
     while (end < s.spans.size() && absorbs(s, s.spans[end])) ++end;
     const size_t last = std::max(end, i + 1);
-    const int64_t row = s.spans[i].start, rows = s.spans[last - 1].start + s.spans[last - 1].count - row;
+    const int64_t row = s.spans[i].start, count = s.spans[last - 1].start + s.spans[last - 1].count - row;
     std::vector<Span> run(s.spans.begin() + int64_t(i), s.spans.begin() + int64_t(last));
     for (Span& span : run) span.start -= int32_t(row);
-    const Tensor q_run = slice(q, 0, row, rows), o_run = slice(o, 0, row, rows);
+    const Tensor q_run = slice(q, 0, row, count), o_run = slice(o, 0, row, count);
     if (end > i)
       attend_absorbed(s, w, kv, run, q_run, o_run);
     else

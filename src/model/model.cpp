@@ -178,7 +178,9 @@ double Model::attention_ops(int64_t new_tokens, int64_t context) const {
   const double d_h = c.qk_nope_head_dim, d_R = c.qk_rope_head_dim, d_c = c.kv_lora_rank, d_v = c.v_head_dim;
   const bool absorbed = form == MlaForm::automatic ? absorbed_is_cheaper(c, new_tokens, context) : form == MlaForm::absorbed;
   if (absorbed) return heads * pairs * 2 * (2 * d_c + d_R);
-  return heads * (pairs * 2 * (d_h + d_R + d_v) + double(context) * 2 * d_c * (d_h + d_v));
+  // token_ops() counts W_UK and W_UV once for each new token; the tokens before them are expanded too.
+  const double before = std::max(0.0, double(context) - double(new_tokens) / 2);
+  return heads * (pairs * 2 * (d_h + d_R + d_v) + before * 2 * d_c * (d_h + d_v));
 }
 
 }  // namespace mla

@@ -96,7 +96,8 @@ class Model {
 
   // Bytes of weights a step reads that runs `tokens` tokens: each matrix once, and of the routed experts those expected to be chosen.
   double step_weight_bytes(int64_t tokens) const;
-  // Multiply-adds × 2 of one token's products with weights, and of its attention over a context in the form the model would choose.
+  // Multiply-adds × 2 of one token's products with weights, and of attention over a context in the form the model would
+  // choose; `context` is what a new token sees on average, with half the new tokens in it.
   double token_ops() const;
   double attention_ops(int64_t new_tokens, int64_t context) const;
 

@@ -144,6 +144,56 @@ TEST_P(LinearTest, does_not_depend_on_batch_or_threads) {
   EXPECT_EQ(0, std::memcmp(one.data(), chunks.data(), one.size() * 4));
 }
 
+// Products that share their activations are, to the bit, the products one by one; f32 weights beside the type's own want other activations.
+TEST_P(LinearTest, projections_together_are_projections_apart) {
+  const auto device = make_cpu(*GetParam().kernels, 2);
+  const int64_t rows[] = {83, 16, 35}, cols = is_quantised(GetParam().type) ? 512 : 200, most = 83;
+  for (const int64_t n : {1, 19}) {
+    auto x = ref::random_floats(n * cols, 71), bias = ref::random_floats(most, 72), before = ref::random_floats(3 * n * most, 73);
+    std::vector<float> together = before, apart = before;
+    std::vector<Weight> weights;
+    for (int i = 0; i < 3; ++i)
+      weights.push_back(device->pack(Fixture(i == 1 ? DType::f32 : GetParam().type, 1, rows[i], cols, uint64_t(74 + i)).tensor()));
+    const Tensor in = view(x.data(), DType::f32, {n, cols});
+    auto out = [&](std::vector<float>& y, int i) { return view(y.data() + i * n * most, DType::f32, {n, rows[i]}); };
+    device->linear(in, {{weights[0], {}, out(together, 0)},
+                        {weights[1], view(bias.data(), DType::f32, {rows[1]}), out(together, 1)},
+                        {weights[2], {}, out(together, 2), true}});
+    device->linear(in, weights[0], {}, out(apart, 0));
+    device->linear(in, weights[1], view(bias.data(), DType::f32, {rows[1]}), out(apart, 1));
+    device->linear(in, weights[2], {}, out(apart, 2), true);
+    EXPECT_EQ(0, std::memcmp(together.data(), apart.data(), apart.size() * 4)) << n;
+  }
+}
+
+// With the second pass, products are those of the dequantised weights.
+TEST_P(LinearTest, sixteen_bit_activations_lose_nothing) {
+  if (!is_quantised(GetParam().type)) GTEST_SKIP() << "activations are not quantised";
+  const auto device = make_cpu(*GetParam().kernels, 2);
+  device->activations = Activations::i16;
+  const int64_t rows = 83, cols = 512, width = 512;
+  Fixture f(GetParam().type, 1, rows, cols, 81), gate(GetParam().type, 1, width, cols, 82), up(GetParam().type, 1, width, cols, 83),
+      down(GetParam().type, 1, cols, width, 84);
+  const Weight w = device->pack(f.tensor());
+  const FfnWeights ffn{device->pack(gate.tensor()), device->pack(up.tensor()), device->pack(down.tensor())};
+  for (const int64_t n : {1, 7, 33}) {
+    auto x = ref::random_floats(n * cols, 85);
+    for (int64_t i = 0; i < n; ++i) x[size_t(i * cols + 40)] *= 300;  // an outlier costs its neighbours their bits
+    std::vector<float> y(size_t(n * rows), nan), z(size_t(n * cols), 0);
+    const Tensor in = view(x.data(), DType::f32, {n, cols});
+    device->linear(in, w, {}, view(y.data(), DType::f32, {n, rows}));
+    device->ffn(in, ffn, nullptr, view(z.data(), DType::f32, {n, cols}));
+    ref::Row products, networks;
+    for (const ref::Row& row : ref::to_double(x.data(), n, cols, cols)) {
+      const ref::Row product = ref::product(f.matrix(0), row), network = ref::ffn(gate.matrix(0), up.matrix(0), down.matrix(0), row);
+      products.insert(products.end(), product.begin(), product.end());
+      networks.insert(networks.end(), network.begin(), network.end());
+    }
+    EXPECT_LT(ref::relative_error(y.data(), products), 1e-3) << n;
+    EXPECT_LT(ref::relative_error(z.data(), networks), 2e-3) << n;
+  }
+}
+
 TEST_P(LinearTest, heads_have_their_own_matrices) {
   const auto device = make_cpu(*GetParam().kernels, 2);
   const int64_t heads = 3, rows = 40, cols = widths(GetParam().type).back(), n = 5;
