@@ -96,8 +96,9 @@ void CpuDevice::linear(Tensor x, std::span<const Projection> projections) {
   std::vector<Job> jobs;
   jobs.reserve(projections.size());
   for (const Projection& p : projections) {
-    CHECK(x.rank == 2 && p.y.rank == 2 && p.w.count == 1 && x.shape[1] == p.w.cols && p.y.shape[1] == p.w.rows && x.shape[0] == p.y.shape[0],
-          "product of {} with [{}, {}] into {}", mla::describe(x), p.w.rows, p.w.cols, mla::describe(p.y));
+    CHECK(
+        x.rank == 2 && p.y.rank == 2 && p.w.count == 1 && x.shape[1] == p.w.cols && p.y.shape[1] == p.w.rows && x.shape[0] == p.y.shape[0],
+        "product of {} with [{}, {}] into {}", mla::describe(x), p.w.rows, p.w.cols, mla::describe(p.y));
     CHECK(!p.bias.data || p.bias.count() == p.w.rows, "bias {} for {} rows", mla::describe(p.bias), p.w.rows);
     jobs.push_back({&p.w, {kernels_, activations, p.w}, p.y.f32(), p.y.stride[0], 0, p.bias.data ? p.bias.f32() : nullptr, p.add});
   }
