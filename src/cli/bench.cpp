@@ -61,7 +61,7 @@ class Bench {
     return c.f32_gflop_s;
   }
 
-  // Runs `prompt` new tokens of one sequence on a context of `depth`, as one prompt is run: in chunks.
+  // Runs `prompt` new tokens of one sequence on a context of `depth`, as generation runs a prompt: in chunks.
   Row prefill(int64_t prompt, int64_t depth, const std::function<void(double)>& progress) {
     Row row = start("prefill", prompt, depth, 1);
     LatentCache cache = make_cache(1, depth + prompt);
@@ -77,11 +77,14 @@ class Bench {
       progress(double(r + 1) / (o_.repeat + 1));
       const Ceilings ceilings = session_.device().probe(0.1);
       const double begin = now();
-      for (size_t at = 0; at < ids.size(); at += chunk) {
-        const size_t n = std::min(chunk, ids.size() - at);
-        const Chunk step{sequence, std::span(ids).subspan(at, n), at + n == ids.size() ? Chunk::Logits::last : Chunk::Logits::none};
-        model_.forward(std::span(&step, 1), cache);
-        throw_if_interrupted();
+      for (int64_t at = 0; at < prompt; at += prefill_chunk_tokens) {
+        const int64_t n = std::min(prefill_chunk_tokens, prompt - at);
+        const Chunk step{sequence, std::span(ids).subspan(size_t(at), size_t(n)),
+                         at + n == prompt ? Chunk::Logits::last : Chunk::Logits::none};
+        model_.forward(std::span(&step, 1), cache, [&](double fraction) {
+          throw_if_interrupted();
+          progress((r + 1 + (double(at) + fraction * double(n)) / double(prompt)) / (o_.repeat + 1));
+        });
       }
       const double seconds = now() - begin;
       cache.truncate(sequence, depth);
@@ -126,8 +129,6 @@ class Bench {
   }
 
  private:
-  static constexpr size_t chunk = 512;  // as generation runs long prompts
-
   Row start(const char* phase, int64_t prompt, int64_t depth, int64_t batch) const {
     Row row;
     row.phase = phase;
@@ -168,8 +169,7 @@ class Bench {
     const std::vector<int32_t> ids = tokens(int64_t(sequences.size()), uint64_t(number) + 1);
     std::vector<Chunk> chunks;
     for (size_t b = 0; b < sequences.size(); ++b) chunks.push_back({sequences[b], std::span(ids).subspan(b, 1), Chunk::Logits::last});
-    model_.forward(chunks, cache);
-    throw_if_interrupted();
+    model_.forward(chunks, cache, [](double) { throw_if_interrupted(); });
   }
 
   Session& session_;
@@ -288,7 +288,7 @@ void bench(const BenchOptions& o) {
   std::vector<OpTime> ops;
   {
     ProgressBar bar("measuring");
-    try {
+    until_interrupted([&] {
       const double parts = double(all.size()) + o.ops;
       for (size_t i = 0; i < all.size(); ++i) {
         const Case& c = all[i];
@@ -299,9 +299,7 @@ void bench(const BenchOptions& o) {
       }
       const auto progress = [&](double part) { bar.update((double(all.size()) + part) / parts, "operations"); };
       if (o.ops) ops = time_ops(session.model(), o.model.kv_type(), 512, parse_list(o.depths, "--depth", 0), progress);
-    } catch (const Error& error) {
-      if (error.kind() != ErrorKind::interrupted) throw;
-    }
+    });
   }
   session.finish_dump();
   print(rows, ops, o, session);

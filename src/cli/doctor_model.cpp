@@ -48,7 +48,7 @@ class Runs {
     const Chunk chunks[] = {{cache.open(), all.first(5), Chunk::Logits::last},
                             {cache.open(), all, Chunk::Logits::last},
                             {cache.open(), all.last(40), Chunk::Logits::last}};
-    return row(model_.forward(chunks, cache), 1);
+    return row(forward(chunks, cache), 1);
   }
 
   // The same, on a copy of a sequence that holds the first half.
@@ -57,12 +57,16 @@ class Runs {
     const int first = cache.open();
     const size_t half = length() / 2;
     const Chunk prefix{first, std::span(ids_).first(half), Chunk::Logits::none};
-    model_.forward(std::span(&prefix, 1), cache);
+    forward(std::span(&prefix, 1), cache);
     return extend(cache, cache.fork(first), half, length());
   }
 
  private:
   LatentCache make_cache(int64_t sequences) const { return model_.make_cache(sequences * 256, DType::f32); }
+
+  Tensor forward(std::span<const Chunk> chunks, LatentCache& cache) {
+    return model_.forward(chunks, cache, [](double) { throw_if_interrupted(); });
+  }
 
   Logits row(const Tensor& logits, int64_t i) const {
     CHECK(logits.data && i < logits.shape[0], "no logits");
@@ -73,11 +77,10 @@ class Runs {
   Logits extend(LatentCache& cache, int sequence, size_t from, size_t chunk) {
     Logits out;
     for (size_t at = from; at < length(); at += chunk) {
-      throw_if_interrupted();
       const size_t n = std::min(chunk, length() - at);
       const bool last = at + n == length();
       const Chunk step{sequence, std::span(ids_).subspan(at, n), last ? Chunk::Logits::last : Chunk::Logits::none};
-      const Tensor logits = model_.forward(std::span(&step, 1), cache);
+      const Tensor logits = forward(std::span(&step, 1), cache);
       if (last) out = row(logits, 0);
     }
     return out;

@@ -54,12 +54,10 @@ class Evaluation {
 
   Score run() {
     ProgressBar bar("scoring");
-    const auto begin = std::chrono::steady_clock::now();
-    while (score_.windows < planned_ && !interrupted()) {
-      score_window(score_.windows * stride_, bar);
-      if (!interrupted()) ++score_.windows;
-    }
-    score_.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    begin_ = std::chrono::steady_clock::now();
+    until_interrupted([&] {
+      for (; score_.windows < planned_; ++score_.windows) score_window(score_.windows * stride_, bar);
+    });
     return score_;
   }
 
@@ -74,15 +72,18 @@ class Evaluation {
   void score_window(int64_t from, ProgressBar& bar) {
     const std::span<const int32_t> window = std::span(tokens_).subspan(size_t(from), size_t(window_));
     const int sequence = cache_.open();
-    for (int64_t at = 0; at < window_ && !interrupted(); at += chunk()) {
+    for (int64_t at = 0; at < window_; at += chunk()) {
       const int64_t n = std::min(chunk(), window_ - at);
       const Chunk step{sequence, window.subspan(size_t(at), size_t(n)), Chunk::Logits::all};
-      const Tensor logits = session_.model().forward(std::span(&step, 1), cache_);
+      const Tensor logits = session_.model().forward(std::span(&step, 1), cache_, [&](double fraction) {
+        throw_if_interrupted();
+        const double done = (double(score_.windows) + (double(at) + fraction * double(n)) / double(window_)) / double(planned_);
+        bar.update(done, score_.scored > 0 ? fmt::format("perplexity {:.3f}", std::exp(score_.nll / double(score_.scored))) : "");
+      });
       CHECK(logits.data, "the cache is full at {} of {} tokens", at, window_);
       add(logits, window.subspan(size_t(at + 1), size_t(std::min(n, window_ - at - 1))));
       score_.tokens += n;
-      const double done = (double(score_.windows) + double(at + n) / double(window_)) / double(planned_);
-      bar.update(done, fmt::format("perplexity {:.3f}", std::exp(score_.nll / double(score_.scored))));
+      score_.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count();
     }
     cache_.close(sequence);
   }
@@ -103,6 +104,7 @@ class Evaluation {
   int64_t window_, stride_, planned_ = 0;
   LatentCache cache_;
   Score score_;
+  std::chrono::steady_clock::time_point begin_;
 };
 
 std::vector<int32_t> read_tokens(const Session& session, const EvalOptions& o) {

@@ -36,4 +36,12 @@ void throw_if_interrupted() {
 
 void give_up() { throw Error(ErrorKind::interrupted, "interrupted"); }
 
+void until_interrupted(const std::function<void()>& work) {
+  try {
+    work();
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::interrupted) throw;
+  }
+}
+
 }  // namespace mla

@@ -51,23 +51,27 @@ void logits(const LogitsOptions& o) {
   GenerateFigures work;
   ProgressBar bar("running");
   const auto begin = std::chrono::steady_clock::now();
-  for (size_t at = 0; at < ids.size() && !interrupted(); at += size_t(o.chunk)) {
-    bar.update(double(at) / double(ids.size()));
-    const size_t n = std::min(size_t(o.chunk), ids.size() - at);
-    const auto is_wanted = [&](size_t i) { return !wanted[at + i].empty(); };
-    size_t first = 0;
-    while (first < n && !is_wanted(first)) ++first;
-    const auto which = first == n ? Chunk::Logits::none : first == n - 1 ? Chunk::Logits::last : Chunk::Logits::all;
-    const Chunk chunk{sequence, std::span(ids).subspan(at, n), which};
-    const Tensor all = session.model().forward(std::span(&chunk, 1), cache);
-    CHECK(cache.length(sequence) == int64_t(at + n), "the cache is full at {} of {} tokens", at, ids.size());
-    const size_t skipped = which == Chunk::Logits::last ? n - 1 : 0;
-    for (size_t i = first; i < n; ++i)
-      for (int64_t row : wanted[at + i])
-        std::memcpy(out.data() + size_t(row) * vocab, all.f32() + int64_t(i - skipped) * all.stride[0], vocab * sizeof(float));
-    work.prefill_tokens += int64_t(n);
-  }
-  work.prefill_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  until_interrupted([&] {
+    for (size_t at = 0; at < ids.size(); at += size_t(o.chunk)) {
+      const size_t n = std::min(size_t(o.chunk), ids.size() - at);
+      const auto is_wanted = [&](size_t i) { return !wanted[at + i].empty(); };
+      size_t first = 0;
+      while (first < n && !is_wanted(first)) ++first;
+      const auto which = first == n ? Chunk::Logits::none : first == n - 1 ? Chunk::Logits::last : Chunk::Logits::all;
+      const Chunk chunk{sequence, std::span(ids).subspan(at, n), which};
+      const Tensor all = session.model().forward(std::span(&chunk, 1), cache, [&](double fraction) {
+        throw_if_interrupted();
+        bar.update((double(at) + fraction * double(n)) / double(ids.size()));
+      });
+      CHECK(cache.length(sequence) == int64_t(at + n), "the cache is full at {} of {} tokens", at, ids.size());
+      const size_t skipped = which == Chunk::Logits::last ? n - 1 : 0;
+      for (size_t i = first; i < n; ++i)
+        for (int64_t row : wanted[at + i])
+          std::memcpy(out.data() + size_t(row) * vocab, all.f32() + int64_t(i - skipped) * all.stride[0], vocab * sizeof(float));
+      work.prefill_tokens += int64_t(n);
+      work.prefill_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    }
+  });
   bar.clear();
   session.finish_dump();
   if (!interrupted()) write_npy(o.out, out, int64_t(rows.size()), int64_t(vocab));

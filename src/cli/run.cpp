@@ -193,7 +193,7 @@ void run(const RunOptions& o) {
     return id ? streams[i].push(*id) : streams[i].flush();
   };
   hooks.on_text = [&](size_t i, std::string_view piece) { screen.text(i, piece); };
-  hooks.on_finish = [&](size_t i) { screen.finished(i); };
+  hooks.on_finish = [&](size_t i) { bar.clear(), screen.finished(i); };
   hooks.on_prefill = [&](double fraction) { fraction < 1 ? bar.update(fraction) : bar.clear(); };
   hooks.cancelled = interrupted;
   const RunFigures figures(generate(session.model(), cache, texts, options, hooks), cache, session.device());

@@ -11,7 +11,7 @@
 
 namespace mla {
 namespace {
-constexpr size_t huge_page = size_t(2) << 20, map_from = size_t(4) << 20;
+constexpr size_t page = 4096, huge_page = size_t(2) << 20, map_from = size_t(4) << 20;
 
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 }  // namespace
@@ -26,8 +26,9 @@ Buffer::Buffer(size_t bytes) : bytes_(bytes) {
     std::memset(data_, 0, bytes);
     return;
   }
-  // One huge page more than asked for, so that the block can start on a boundary of one; the ends are given back.
-  const size_t wanted = round_up(bytes, huge_page), reserved = wanted + huge_page;
+  // One huge page more than asked for, so that the block can start on a boundary of one; the ends are given back, the last part of a huge
+  // page too: over hundreds of weights it would come to hundreds of megabytes.
+  const size_t wanted = round_up(bytes, page), reserved = wanted + huge_page;
   void* raw = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (raw == MAP_FAILED) fail("out of memory: {:.1f} MiB asked for", double(bytes) / (1 << 20));
   auto start = reinterpret_cast<uintptr_t>(raw), aligned = round_up(start, huge_page);
@@ -40,7 +41,7 @@ Buffer::Buffer(size_t bytes) : bytes_(bytes) {
 Buffer::~Buffer() {
   if (!data_) return;
   if (mapped_)
-    munmap(data_, round_up(bytes_, huge_page));
+    munmap(data_, round_up(bytes_, page));
   else
     std::free(data_);
 }

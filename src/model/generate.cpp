@@ -21,19 +21,13 @@ class Writer {
   GenerateFigures run() {
     check();
     sent_.assign(texts_.size(), 0);
-    auto begin = Clock::now();
     prefill();
-    figures_.prefill_seconds = seconds_since(begin);
-    begin = Clock::now();
-    while (decode()) {}
-    figures_.decode_seconds = seconds_since(begin);
+    const auto begin = Clock::now();
+    while (decode()) figures_.decode_seconds = seconds_since(begin);
     return figures_;
   }
 
  private:
-  // Tokens of one step over several prompts; bounds the memory of a step.
-  static constexpr int64_t step_tokens = 2048;
-
   void check() const {
     check_sampling(options_.sampling, model_.config().vocab_size);
     CHECK(options_.max_tokens >= 0 && options_.prefill_chunk > 0, "{} tokens, chunk {}", options_.max_tokens, options_.prefill_chunk);
@@ -43,10 +37,20 @@ class Writer {
       if (int64_t(text.tokens.size()) <= cache_.length(text.sequence)) fail_input("a prompt has no tokens; give at least one");
   }
 
-  bool stopped() {
-    if (!hooks_.cancelled || !hooks_.cancelled()) return false;
-    finish_all(Finish::cancelled);
-    return true;
+  // The logits of a step; without data, all texts have ended.
+  Tensor forward(std::span<const Chunk> chunks, const Progress& progress = {}) {
+    struct Cancelled {};
+    try {
+      const Tensor logits = model_.forward(chunks, cache_, [&](double fraction) {
+        if (hooks_.cancelled && hooks_.cancelled()) throw Cancelled();
+        if (progress) progress(fraction);
+      });
+      if (!logits.data) finish_all(Finish::cache_full);
+      return logits;
+    } catch (const Cancelled&) {
+      finish_all(Finish::cancelled);
+      return {};
+    }
   }
 
   void finish_all(Finish why) {
@@ -57,28 +61,32 @@ class Writer {
   int64_t left(const Generation& text) const { return int64_t(text.tokens.size()) - cache_.length(text.sequence); }
 
   void prefill() {
+    const auto begin = Clock::now();
     int64_t total = 0, done = 0;
     for (const Generation& text : texts_) total += left(text);
-    while (done < total && !stopped()) {
-      if (hooks_.on_prefill) hooks_.on_prefill(double(done) / double(total));
+    while (done < total) {
       std::vector<Chunk> chunks;
       std::vector<size_t> ready;  // texts whose last prompt token is in this step
       int64_t tokens = 0;
-      for (size_t i = 0; i < texts_.size() && tokens < step_tokens; ++i) {
+      for (size_t i = 0; i < texts_.size(); ++i) {
         const int64_t rest = texts_[i].finish == Finish::running && texts_[i].sampled.empty() ? left(texts_[i]) : 0;
-        if (rest == 0) continue;
         const int64_t n = std::min(rest, options_.prefill_chunk);
+        // Several prompts share a step as far as they fit: its memory is bounded.
+        if (n == 0 || (tokens > 0 && tokens + n > prefill_chunk_tokens)) continue;
         const bool last = n == rest && options_.max_tokens > 0;
         chunks.push_back({texts_[i].sequence, std::span(texts_[i].tokens).last(size_t(rest)).first(size_t(n)),
                           last ? Chunk::Logits::last : Chunk::Logits::none});
         if (last) ready.push_back(i);
         tokens += n;
       }
-      const Tensor logits = model_.forward(chunks, cache_);
-      if (!logits.data) return finish_all(Finish::cache_full);
+      const Tensor logits = forward(chunks, [&](double fraction) {
+        if (hooks_.on_prefill) hooks_.on_prefill((double(done) + fraction * double(tokens)) / double(total));
+      });
+      if (!logits.data) break;
       done += tokens;
       figures_.prefill_tokens += tokens;
       pick(ready, logits);
+      figures_.prefill_seconds = seconds_since(begin);
     }
     if (hooks_.on_prefill) hooks_.on_prefill(1);
     if (options_.max_tokens == 0) finish_all(Finish::length);
@@ -95,12 +103,9 @@ class Writer {
       running.push_back(i);
       rows += double(cache_.length(texts_[i].sequence));
     }
-    if (running.empty() || stopped()) return false;
-    const Tensor logits = model_.forward(chunks, cache_);
-    if (!logits.data) {
-      finish_all(Finish::cache_full);
-      return false;
-    }
+    if (running.empty()) return false;
+    const Tensor logits = forward(chunks);
+    if (!logits.data) return false;
     figures_.decode_tokens += int64_t(running.size());
     figures_.decode_bytes += model_.step_weight_bytes(int64_t(running.size())) + rows * double(cache_.bytes_per_token());
     pick(running, logits);

@@ -26,13 +26,17 @@ struct Generation {
   Finish finish = Finish::running;
 };
 
+// Tokens of a step of a long prompt. MLA's expanded form forms the keys and values of the whole context again for every step, so few
+// large steps are faster; of this size, even DeepSeek-V2's takes no more than about 500 MB of scratch.
+constexpr int64_t prefill_chunk_tokens = 2048;
+
 struct GenerateOptions {
   int64_t max_tokens = 128;  // new ones, for each text
   SamplingOptions sampling;
   std::vector<int32_t> end_tokens;        // a text ends with any of these
   std::vector<std::string> stop_strings;  // and before any of these
   // Prompt tokens of a sequence in one step. Where chunks end depends on the sequence alone, so that its text does too.
-  int64_t prefill_chunk = 512;
+  int64_t prefill_chunk = prefill_chunk_tokens;
 };
 
 // What a caller may want to know on the way; each may be empty.
@@ -42,7 +46,7 @@ struct GenerateHooks {
   std::function<void(size_t index, std::string_view text)> on_text;  // text that will not be taken back
   std::function<void(size_t index)> on_finish;
   std::function<void(double fraction)> on_prefill;
-  std::function<bool()> cancelled;  // asked before each step
+  std::function<bool()> cancelled;  // asked before each layer of a step; a step that is given up leaves no trace
 };
 
 struct GenerateFigures {

@@ -99,7 +99,7 @@ LatentCache Model::make_cache(int64_t tokens, DType type) const {
   return LatentCache(config_.num_hidden_layers, {config_.kv_layout(), type}, tokens);
 }
 
-Tensor Model::forward(std::span<const Chunk> chunks, LatentCache& cache) {
+Tensor Model::forward(std::span<const Chunk> chunks, LatentCache& cache, const Progress& progress) {
   CHECK(cache.layers() == config_.num_hidden_layers, "a cache of {} layers for a model of {}", cache.layers(), config_.num_hidden_layers);
   for (const Chunk& chunk : chunks) check_tokens(chunk, config_.vocab_size);
   arena_.reset();
@@ -126,6 +126,7 @@ Tensor Model::forward(std::span<const Chunk> chunks, LatentCache& cache) {
   step.note("embed", x);
   for (size_t l = 0; l < weights_.layers.size(); ++l) {
     const Layer& layer = weights_.layers[l];
+    if (progress) progress(double(l) / double(weights_.layers.size()));
     step.prefix = fmt::format("layers.{}.", l);
     if (const auto* w = std::get_if<MlaWeights>(&layer.attention))
       attend_mla(step, int(l), *w, x);

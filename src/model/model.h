@@ -84,8 +84,9 @@ class Model {
   Model(const Checkpoint& checkpoint, Device& device, const Progress& progress = {});
 
   // Appends the chunks' tokens to their sequences and returns the logits asked for, f32 [rows, vocab], in the chunks' order; they
-  // live until the next call. When the cache has too few pages nothing changes, and the answer has no data.
-  Tensor forward(std::span<const Chunk> chunks, LatentCache& cache);
+  // live until the next call. When the cache has too few pages nothing changes, and the answer has no data. `progress` is called before
+  // each layer; it may throw, which ends the pass and leaves the cache as it was.
+  Tensor forward(std::span<const Chunk> chunks, LatentCache& cache, const Progress& progress = {});
 
   LatentCache make_cache(int64_t tokens, DType type) const;
   const Config& config() const { return config_; }

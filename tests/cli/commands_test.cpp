@@ -20,6 +20,21 @@ std::string figures(const Outcome& o) {
   return begin == std::string::npos ? o.err : o.err.substr(begin + 1);
 }
 
+// That work goes on shows in its --dump: true when it has this many bytes so far.
+std::function<bool(const Outcome&)> dumped(const std::string& name, uintmax_t bytes) {
+  return [=](const Outcome&) {
+    for (const auto& entry : fs::directory_iterator(scratch()))
+      if (entry.path().filename().string().starts_with(name + ".") && entry.file_size() > bytes) return true;
+    return false;
+  };
+}
+
+Json safetensors_header(const std::string& bytes) {
+  uint64_t length = 0;
+  std::copy_n(bytes.data(), 8, reinterpret_cast<char*>(&length));
+  return Json::parse(bytes.substr(8, length));
+}
+
 TEST(Help, EveryCommandShowsExamples) {
   for (const std::string& command : commands) {
     const Outcome o = run({command, "--help"});
@@ -133,12 +148,11 @@ TEST(Run, DumpNamesIntermediates) {
   write_ids(path("prompt.npy"), {1, 2, 3});
   ASSERT_EQ(run({"run", model("dsv2-q-group"), "--ids", path("prompt.npy"), "-n", "2", "--dump", path("dump.safetensors")}).code, 0);
   const std::string bytes = read_text(path("dump.safetensors"));
-  uint64_t length = 0;
-  std::copy_n(bytes.data(), 8, reinterpret_cast<char*>(&length));
-  const Json header = Json::parse(bytes.substr(8, length));
+  const Json header = safetensors_header(bytes);
   EXPECT_EQ(header["layers.2.attn.latent"]["shape"], Json({3, 40}));
   EXPECT_EQ(header["layers.2.attn.latent.2"]["shape"], Json({1, 40}));  // of the decode step
-  uint64_t end = 0;
+  uint64_t length = 0, end = 0;
+  std::copy_n(bytes.data(), 8, reinterpret_cast<char*>(&length));
   for (const auto& [name, entry] : header.items()) end = std::max(end, entry["data_offsets"][1].get<uint64_t>());
   EXPECT_EQ(8 + length + end, bytes.size());
 }
@@ -156,19 +170,43 @@ TEST(Run, InterruptPrintsWhatWasDone) {
 
 TEST(Run, InterruptedJsonIsStillOneObject) {
   write_ids(path("prompt.npy"), {1, 2, 3});
-  // Nothing is on stdout yet; that the work goes on shows in the file of intermediates.
-  const auto running = [](const Outcome&) {
-    for (const auto& entry : fs::directory_iterator(scratch()))
-      if (entry.path().filename().string().starts_with("running.safetensors.") && entry.file_size() > 100000) return true;
-    return false;
-  };
   const Outcome o = run(Call{{"run", model("dsv2-noq-greedy"), "--ids", path("prompt.npy"), "-n", "200000", "--ignore-eos", "--json",
                               "--dump", path("running.safetensors")},
                              {},
-                             running});
+                             dumped("running.safetensors", 100000)});
   EXPECT_EQ(o.code, 130) << o.err;
   EXPECT_EQ(o.json()["finish"], "cancelled");
   EXPECT_GT(o.json()["ids"].size(), 0u);
+}
+
+// A command that has a long prompt to run, in so many passes, interrupted in its first layers: it must not reach the last.
+Outcome interrupt_in_a_chunk(std::vector<std::string> arguments, const std::string& input = {}, int passes = 1) {
+  const std::string dump = arguments[0] + ".safetensors";
+  arguments.insert(arguments.begin() + 1, {deep_model(), "-t", "1", "--dump", path(dump)});
+  const Outcome o = run(Call{std::move(arguments), input, dumped(dump, 1000000)});
+  EXPECT_EQ(o.code, 130) << o.err;
+  EXPECT_TRUE(o.err.ends_with("mla: interrupted\n")) << o.err;
+  const Json header = safetensors_header(read_text(path(dump)));
+  EXPECT_TRUE(header.contains("layers.0.attn.query"));
+  const std::string last = "layers." + std::to_string(deep_layers - 1) + ".attn.query";
+  EXPECT_FALSE(header.contains(passes == 1 ? last : last + "." + std::to_string(passes)));
+  return o;
+}
+
+TEST(Interrupt, EndsALongPromptWithinItsChunk) {
+  write_ids(path("long.npy"), std::vector<int32_t>(2048, 7));
+  const Json text = interrupt_in_a_chunk({"run", "--ids", path("long.npy"), "-n", "4", "--json"}).json();
+  EXPECT_EQ(text["finish"], "cancelled");
+  EXPECT_EQ(text["prompt_tokens"], 2048);
+  EXPECT_TRUE(text["ids"].empty());
+  EXPECT_TRUE(text["prefill_tok_s"].is_null());
+  const Json score = interrupt_in_a_chunk({"eval", "--ids", path("long.npy"), "--context", "2048", "--json"}, {}, 4).json();
+  EXPECT_EQ(score["windows"], 0);
+  EXPECT_LT(score["tokens_scored"].get<int>(), 2047);
+  interrupt_in_a_chunk({"logits", "--ids", path("long.npy"), "--chunk", "2048", "-o", path("never.npy")});
+  EXPECT_FALSE(fs::exists(path("never.npy")));
+  EXPECT_TRUE(interrupt_in_a_chunk({"bench", "--prompt", "2048", "--depth", "0", "--batch", "0", "--json"}).json()["rows"].empty());
+  interrupt_in_a_chunk({"chat", "--chat-template", "chatml", "-n", "4"}, std::string(2000, 'x') + "\n/stats\n");
 }
 
 TEST(Logits, AreTheGoldenOnes) {

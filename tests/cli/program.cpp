@@ -98,19 +98,28 @@ fs::path scratch() {
 
 fs::path golden(const std::string& name) { return fs::path(MLA_TEST_DATA) / "golden" / name; }
 
+namespace {
+std::string make_model(const std::string& name, const Json& changes) {
+  // A byte vocabulary needs at least its bytes and a few control tokens.
+  Json config = Json::parse(read_text(golden("dsv2-q-group") / "config.json"));
+  config.update({{"vocab_size", 320}, {"bos_token_id", 0}, {"eos_token_id", 1}});
+  config.update(changes);
+  write_text(scratch() / (name + ".json"), config.dump());
+  const fs::path model = scratch() / (name + ".gguf");
+  const Outcome made = run({"init", (scratch() / (name + ".json")).string(), "-o", model.string(), "--type", "f32"});
+  EXPECT_EQ(made.code, 0) << made.err;
+  return model.string();
+}
+}  // namespace
+
 std::string small_model() {
-  static const std::string path = [] {
-    // A byte vocabulary needs at least its bytes and a few control tokens.
-    Json config = Json::parse(read_text(golden("dsv2-q-group") / "config.json"));
-    config["vocab_size"] = 320;
-    config["bos_token_id"] = 0;
-    config["eos_token_id"] = 1;
-    write_text(scratch() / "small.json", config.dump());
-    const fs::path model = scratch() / "small.gguf";
-    const Outcome made = run({"init", (scratch() / "small.json").string(), "-o", model.string(), "--type", "f32"});
-    EXPECT_EQ(made.code, 0) << made.err;
-    return model.string();
-  }();
+  static const std::string path = make_model("small", Json::object());
+  return path;
+}
+
+std::string deep_model() {
+  static const std::string path =
+      make_model("deep", {{"num_hidden_layers", deep_layers}, {"num_attention_heads", 16}, {"num_key_value_heads", 16}});
   return path;
 }
 

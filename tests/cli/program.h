@@ -38,6 +38,9 @@ fs::path golden(const std::string& name);  // a folder or file of tests/data/gol
 
 // A small random deepseek_v2 GGUF with a byte vocabulary, made by `mla init` on first use.
 std::string small_model();
+// The same with so many layers that one chunk of a long prompt takes seconds on any machine.
+std::string deep_model();
+constexpr int deep_layers = 200;
 
 void write_ids(const fs::path& path, const std::vector<int32_t>& ids);               // .npy, i4
 std::vector<float> read_floats(const fs::path& path, int64_t& rows, int64_t& cols);  // .npy, f4

@@ -80,6 +80,30 @@ TEST_P(Generate, SameSeedSameTextWhateverThreads) {
   }
 }
 
+TEST_P(Generate, APassThatIsGivenUpLeavesNoTrace) {
+  Model& m = model(GetParam());
+  const auto ids = prompt_of(GetParam(), 0, 150);
+  const std::vector<int32_t> others(ids.rbegin() + 10, ids.rbegin() + 90);  // longer than what comes in their place
+  LatentCache cache = m.make_cache(256, DType::f32), unharmed = m.make_cache(256, DType::f32);
+  const int sequence = cache.open(), same = unharmed.open();
+  const std::span<const int32_t> all(ids), first = all.first(80), second = all.subspan(80);
+  test::step(m, unharmed, same, first);
+  const auto wanted = test::step(m, unharmed, same, second, Chunk::Logits::all);
+  test::step(m, cache, sequence, first);
+  for (int layer = 0; layer < m.config().num_hidden_layers; ++layer) {
+    const Chunk chunk{sequence, others};
+    int left = layer;
+    const auto give_up = [&](double) {
+      if (left-- == 0) throw Error(ErrorKind::interrupted, "enough");
+    };
+    EXPECT_THROW(m.forward(std::span(&chunk, 1), cache, give_up), Error);
+    EXPECT_EQ(left, -1);
+    EXPECT_EQ(cache.length(sequence), 80);
+    EXPECT_EQ(cache.free_tokens(), 128);
+  }
+  EXPECT_EQ(test::step(m, cache, sequence, second, Chunk::Logits::all), wanted);
+}
+
 INSTANTIATE_TEST_SUITE_P(Models, Generate, testing::Values("dsv2-q-group", "dsv2-noq-greedy", "llama3", "qwen2"), test::test_name);
 
 TEST(GenerateEnds, EndTokensEndAndAreKeptAmongTheIds) {
@@ -112,9 +136,10 @@ TEST(GenerateEnds, StopStringsCutTheTextAndAreNeverShown) {
 TEST(GenerateEnds, CancelledTextsKeepWhatThereIs) {
   GenerateOptions o;
   o.max_tokens = 100;
-  int steps = 0;
+  int layers = 0;
   GenerateHooks hooks;
-  hooks.cancelled = [&] { return ++steps > 4; };  // one prefill step and three more
+  // One prefill step, three more, and a layer of the next.
+  hooks.cancelled = [&] { return ++layers > 4 * model("llama3").config().num_hidden_layers + 1; };
   const auto texts = run(model("llama3"), {prompt_of("llama3", 0, 20), prompt_of("llama3", 3, 9)}, o, hooks);
   for (const Generation& text : texts) {
     EXPECT_EQ(text.finish, Finish::cancelled);
@@ -161,6 +186,48 @@ TEST(GenerateHistory, OnlyNewTokensAreRun) {
   EXPECT_EQ(figures.prefill_tokens, 50);
   EXPECT_EQ(figures.decode_tokens, 5);
   EXPECT_EQ(new_ids(second), cold);
+}
+
+TEST(GenerateHistory, GoesOnAfterAPrefillThatWasCancelledWithinAChunk) {
+  Model& m = model("dsv2-noq-greedy");
+  GenerateOptions o;
+  o.max_tokens = 6;
+  o.prefill_chunk = 64;
+  const auto prompt = prompt_of("dsv2-noq-greedy", 0, 150);
+  const auto cold = new_ids(run(m, {prompt}, o)[0]);
+  LatentCache cache = m.make_cache(256, DType::f32);
+  Generation text;
+  text.sequence = cache.open();
+  text.tokens = prompt;
+  int layers = 0;
+  double last = 0;
+  GenerateHooks hooks;
+  hooks.cancelled = [&] { return ++layers > m.config().num_hidden_layers + 1; };
+  hooks.on_prefill = [&](double fraction) {
+    EXPECT_GE(fraction, last);
+    last = fraction;
+  };
+  const GenerateFigures figures = generate(m, cache, std::span(&text, 1), o, hooks);
+  EXPECT_EQ(text.finish, Finish::cancelled);
+  EXPECT_TRUE(text.sampled.empty());
+  EXPECT_EQ(figures.prefill_tokens, 64);
+  EXPECT_EQ(cache.length(text.sequence), 64);
+  text.finish = Finish::running;
+  EXPECT_EQ(generate(m, cache, std::span(&text, 1), o).prefill_tokens, 150 - 64);
+  EXPECT_EQ(new_ids(text), cold);
+}
+
+TEST(GenerateHistory, LongPromptsThatDoNotFitOneStepTakeTurns) {
+  const auto ids = prompt_of("llama3", 0, 150);
+  std::vector<std::vector<int32_t>> prompts(3);
+  for (size_t i = 0; i < 3; ++i)
+    while (int64_t(prompts[i].size()) < prefill_chunk_tokens * 3 / 5)
+      prompts[i].insert(prompts[i].end(), ids.begin() + int64_t(i), ids.end());
+  prompts[2].resize(100);  // fits beside the first
+  GenerateOptions o;
+  o.max_tokens = 3;
+  const auto together = run(model("llama3"), prompts, o);
+  for (size_t i = 0; i < 3; ++i) EXPECT_EQ(new_ids(run(model("llama3"), {prompts[i]}, o)[0]), new_ids(together[i])) << i;
 }
 
 TEST(GenerateHistory, APromptWithoutTokensIsRefused) { EXPECT_THROW(run(model("llama3"), {{}}, {}), Error); }
