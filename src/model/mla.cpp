@@ -7,10 +7,11 @@
 namespace mla {
 namespace {
 
-// Context tokens whose keys and values are expanded at a time: bounds the scratch to about 64 MB whatever the context.
+// Context tokens whose keys and values are expanded at a time: about 24 MB of scratch whatever the context. Measured on V2-Lite's shape
+// at 16k against 64 MB, which leave the last cache, and 12 MB, where merging the tiles costs more: +2 to +4% and +1 to +7%.
 int64_t expansion_tile(const Config& c) {
   const int64_t bytes = int64_t(c.num_attention_heads) * (6 * (c.qk_nope_head_dim + c.v_head_dim) + 2 * c.qk_rope_head_dim);
-  return std::clamp<int64_t>((int64_t(64) << 20) / bytes / 64 * 64, 64, 4096);
+  return std::clamp<int64_t>((int64_t(24) << 20) / bytes / 64 * 64, 64, 4096);
 }
 
 struct Projected {
