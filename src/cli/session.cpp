@@ -85,7 +85,7 @@ std::optional<Tokenizer> open_tokenizer(const Checkpoint& checkpoint) {
   }
   const auto vocabulary = checkpoint.text("tokenizer.json");
   if (!vocabulary) return std::nullopt;
-  return Tokenizer::from_json(*vocabulary, checkpoint.text("tokenizer_config.json").value_or(""));
+  return Tokenizer::from_json(*vocabulary, checkpoint.tokenizer_config());
 }
 
 Session::Session(const ModelOptions& options) : options_(checked(options)), checkpoint_(Checkpoint::open(options.path)) {

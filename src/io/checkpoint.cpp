@@ -206,6 +206,16 @@ std::optional<std::string> Checkpoint::text(std::string_view file_name) const {
   return std::string(text_of(file));
 }
 
+std::string Checkpoint::tokenizer_config() const {
+  std::string config = text("tokenizer_config.json").value_or("{}");
+  const auto chat_template = text("chat_template.jinja");
+  if (!chat_template) return config;
+  nlohmann::json merged = parse_json(config, "tokenizer_config.json");
+  if (!merged.is_object()) fail_input("tokenizer_config.json is not an object");
+  merged["chat_template"] = *chat_template;
+  return merged.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
 std::vector<std::string> Checkpoint::strings(std::string_view key) const { return state_->gguf.strings(key); }
 std::vector<float> Checkpoint::floats(std::string_view key) const { return state_->gguf.floats(key); }
 std::vector<int32_t> Checkpoint::ints(std::string_view key) const { return state_->gguf.ints(key); }

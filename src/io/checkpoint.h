@@ -57,6 +57,8 @@ class Checkpoint {
   const std::vector<StoredTensor>& tensors() const;
   // Tokenizer sources. hf: the text of tokenizer.json, tokenizer_config.json, generation_config.json, or nothing.
   std::optional<std::string> text(std::string_view file_name) const;
+  // tokenizer_config.json, with the chat template that newer folders keep in chat_template.jinja; {} where there is neither.
+  std::string tokenizer_config() const;
   // gguf: the long arrays, as typed vectors; empty when absent, Error when the type is another.
   std::vector<std::string> strings(std::string_view key) const;
   std::vector<float> floats(std::string_view key) const;

@@ -229,7 +229,7 @@ Made export_hf(const Checkpoint& checkpoint, const fs::path& folder, DType type,
   std::vector<std::string> notes;
   const std::vector<TensorPlan> plans = plan_tensors(config, Format::hf, type, biases_of(checkpoint), notes);
   std::vector<SideFile> files;
-  for (const char* name : {"tokenizer.json", "tokenizer_config.json", "generation_config.json"})
+  for (const char* name : {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"})
     if (checkpoint.format() == Format::hf)
       if (auto text = checkpoint.text(name)) files.push_back({name, std::move(*text)});
   if (checkpoint.format() == Format::gguf) notes.emplace_back("the GGUF's vocabulary is not exported; the folder runs on token ids");

@@ -200,8 +200,7 @@ bool carry_tokenizer(const Checkpoint& checkpoint, const Config& config, json& m
   if (checkpoint.format() == Format::gguf) {
     if (checkpoint.metadata().contains("tokenizer.ggml.model")) return copy_gguf(checkpoint, config, metadata), true;
   } else if (const auto text = checkpoint.text("tokenizer.json")) {
-    const auto settings = checkpoint.text("tokenizer_config.json");
-    const json tokenizer_config = settings ? parse_json(*settings, "tokenizer_config.json") : json::object();
+    const json tokenizer_config = parse_json(checkpoint.tokenizer_config(), "tokenizer_config.json");
     translate(parse_json(*text, "tokenizer.json"), tokenizer_config, config, metadata);
     return true;
   }

@@ -50,6 +50,21 @@ TEST(Checkpoint, folder_with_one_file) {
   expect_refused([&] { model.get("layers.0.attn.kv_a"); }, "lacks the tensor model.layers.0.self_attn.kv_a_proj_with_mqa.weight");
 }
 
+TEST(Checkpoint, chat_template_in_a_file_of_its_own) {
+  Folder folder;
+  folder.write("config.json", "{}");
+  folder.write("model.safetensors", folder_file({{"model.norm.weight", {4}}}));
+  EXPECT_EQ(json::parse(Checkpoint::open(folder.path()).tokenizer_config()), json::object());
+  folder.write("tokenizer_config.json", R"({"bos_token": "<s>", "chat_template": "old"})");
+  EXPECT_EQ(json::parse(Checkpoint::open(folder.path()).tokenizer_config())["chat_template"], "old");
+  folder.write("chat_template.jinja", "{{ messages }}\n");
+  const json config = json::parse(Checkpoint::open(folder.path()).tokenizer_config());
+  EXPECT_EQ(config["chat_template"], "{{ messages }}\n");
+  EXPECT_EQ(config["bos_token"], "<s>");
+  folder.write("tokenizer_config.json", "[1]");
+  expect_refused([&] { Checkpoint::open(folder.path()).tokenizer_config(); }, "not an object");
+}
+
 TEST(Checkpoint, folder_with_shards_and_links_into_a_cache) {
   Folder blobs, folder;
   folder.write("config.json", "{}");
