@@ -49,16 +49,17 @@ inline bool lies_as(const KvFormat& f) {
   return f.type == (sizeof(T) == 4 ? DType::f32 : DType::bf16);
 }
 
-inline void prefetch_bytes(const std::byte* p, int64_t n) {
+// Inlined by force: GCC takes functions that only prefetch for ones without effect, and drops the calls.
+[[gnu::always_inline]] inline void prefetch_bytes(const std::byte* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 64) prefetch(p + i);
 }
-inline void prefetch_key(const KvFormat& f, const std::byte* row, int head) {
+[[gnu::always_inline]] inline void prefetch_key(const KvFormat& f, const std::byte* row, int head) {
   const KvLayout& l = f.layout;
   if (f.type != DType::i8) return prefetch_bytes(row + row_bytes(f.type, int64_t(head) * l.d_k), row_bytes(f.type, l.d_k));
   if (l.v_in_k) return prefetch_bytes(row, f.row_bytes());
   prefetch_bytes(row + int64_t(head) * l.d_k, l.d_k);
 }
-inline void prefetch_value(const KvFormat& f, const std::byte* row, int head) {
+[[gnu::always_inline]] inline void prefetch_value(const KvFormat& f, const std::byte* row, int head) {
   const KvLayout& l = f.layout;
   const int64_t first = int64_t(l.heads) * l.d_k + int64_t(head) * l.d_v;
   prefetch_bytes(row + (f.type == DType::i8 ? first : row_bytes(f.type, first)),

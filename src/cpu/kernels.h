@@ -56,7 +56,7 @@ struct Product {
   int64_t group_bytes;
   int64_t groups;
   const std::byte* acts;
-  int tokens;             // any of 1, 2, 4, 8, 16 up to the format's tile
+  int tokens;             // any of 1, 2, 4, 8 up to the format's tile
   int64_t units;          // packed units along the columns
   bool fetch;             // bring weights closer: they come from memory
   const std::byte* next;  // what the caller reads afterwards, fetched towards the end; may be null

@@ -6,6 +6,8 @@
 #include "cpu/pack.h"
 #include "cpu/simd.h"
 
+#include <utility>
+
 namespace mla {
 namespace {
 
@@ -13,160 +15,263 @@ inline const uint16_t* halves_at(const std::byte* p) { return reinterpret_cast<c
 inline const float* floats_at(const std::byte* p) { return reinterpret_cast<const float*>(p); }
 inline const I8Block& i8_at(const std::byte* p) { return *reinterpret_cast<const I8Block*>(p); }
 
-// Eight vectors of four columns each: the codes of 32 columns of sixteen rows.
-struct Codes {
-  bytes64 quad[8];
+// Neighbouring groups of sixteen rows that meet the same activations together.
+template <int G>
+struct Groups {
+  const std::byte* at;
+  int64_t bytes;
+  const std::byte* operator[](int g) const { return at + g * bytes; }
 };
 
-// acc[t] += scale · a.scale · Σ (code - offset) · a.code
-template <int T, class Dot>
-inline void add_scaled(const Codes& w, f32x16 scale, const std::byte* acts, f32x16 (&acc)[T], Dot dot) {
-#pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) {
-    const I8Block& a = i8_at(acts + t * int(sizeof(I8Block)));
-    i32x16 s = splat_i32(a.start[0]);
-#pragma GCC unroll 8
-    for (int q = 0; q < 8; ++q) s = dot(s, w.quad[q], a.code + 4 * q);
-    acc[t] = fma(to_f32(s), scale * splat(a.scale), acc[t]);
-  }
-}
+// The sums of T tokens over G groups of rows. Those of a large tile stay in memory, in the first-level cache: the registers are for the
+// chains of dots under way.
+template <int T, int G>
+struct Sums {
+  static constexpr bool in_memory = T * G > vector_registers / 8;
+  float* at;
+  int64_t stride;
+  f32x16 own[in_memory ? 1 : T][G];
 
-// acc[t] += scale · a.scale · Σ code · a.code + min · a.sum
-template <int T>
-inline void add_affine(const Codes& w, f32x16 scale, f32x16 min, const std::byte* acts, f32x16 (&acc)[T]) {
-#pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) {
-    const I8Block& a = i8_at(acts + t * int(sizeof(I8Block)));
-    i32x16 s = splat_i32(0);
-#pragma GCC unroll 8
-    for (int q = 0; q < 8; ++q) s = dot_u8(s, w.quad[q], a.code + 4 * q);
-    acc[t] = fma(min, splat(a.sum), fma(to_f32(s), scale * splat(a.scale), acc[t]));
+  Sums(float* out, int64_t out_stride) : at(out), stride(out_stride) {
+    each([&](int t, int g) { set(t, g, zero_f32()); });
   }
-}
-
-// The same with a scale for each half of the block.
-template <int T>
-inline void add_halves(const Codes& w, f32x16 scale0, f32x16 scale1, const std::byte* acts, f32x16 (&acc)[T]) {
+  f32x16 get(int t, int g) const {
+    if constexpr (in_memory) return load(at + t * stride + 16 * g);
+    return own[t][g];
+  }
+  void set(int t, int g, f32x16 x) {
+    if constexpr (in_memory)
+      store(at + t * stride + 16 * g, x);
+    else
+      own[t][g] = x;
+  }
+  void finish() {
+    if constexpr (!in_memory) each([&](int t, int g) { store(at + t * stride + 16 * g, own[t][g]); });
+  }
+  template <class F>
+  static void each(F f) {
 #pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) {
-    const I8Block& a = i8_at(acts + t * int(sizeof(I8Block)));
-    i32x16 s0 = splat_i32(a.start[0]), s1 = splat_i32(a.start[1]);
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) {
-      s0 = dot_u8(s0, w.quad[q], a.code + 4 * q);
-      s1 = dot_u8(s1, w.quad[q + 4], a.code + 4 * (q + 4));
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+      for (int g = 0; g < G; ++g) f(t, g);
+  }
+};
+
+inline const I8Block& block_of(const std::byte* acts, int t) { return i8_at(acts + t * int(sizeof(I8Block))); }
+
+// s[t][g] = the start of token t's block + Σ over quads [from, to) of code(g, quad) · a.code. A dot waits for the one before it in its
+// chain, so that n · G chains are under way together, and twice as many where these are few.
+template <int n, int G, int from, int to, class Code, class Dot>
+inline void add_dots(Code code, const std::byte* acts, int half, i32x16 (&s)[n][G], Dot dot) {
+  constexpr int parts = n * G * 8 <= dot_chains ? 2 : 1;
+  i32x16 part[parts][n][G];
+#pragma GCC unroll 16
+  for (int t = 0; t < n; ++t)
+#pragma GCC unroll 2
+    for (int g = 0; g < G; ++g) {
+      part[0][t][g] = half < 0 ? splat_i32(0) : splat_i32(block_of(acts, t).start[half]);
+      if constexpr (parts == 2) part[1][t][g] = splat_i32(0);
     }
-    acc[t] = fma(fma(to_f32(s1), scale1, to_f32(s0) * scale0), splat(a.scale), acc[t]);
+#pragma GCC unroll 8
+  for (int q = from; q < to; ++q) {
+    bytes64 w[G];
+#pragma GCC unroll 2
+    for (int g = 0; g < G; ++g) w[g] = code(g, q);
+#pragma GCC unroll 16
+    for (int t = 0; t < n; ++t)
+#pragma GCC unroll 2
+      for (int g = 0; g < G; ++g) part[q % parts][t][g] = dot(part[q % parts][t][g], w[g], block_of(acts, t).code + 4 * q);
   }
+#pragma GCC unroll 16
+  for (int t = 0; t < n; ++t)
+#pragma GCC unroll 2
+    for (int g = 0; g < G; ++g) {
+      s[t][g] = part[0][t][g];
+      if constexpr (parts == 2) s[t][g] = s[t][g] + part[1][t][g];
+    }
+}
+
+// Calls f.template operator()<n>(first, acts of first) for the tokens of a tile, n at a time.
+template <int T, int G, class F>
+inline void for_chains(const std::byte* acts, F f) {
+  constexpr int most = dot_chains / G > 1 ? dot_chains / G : 1, n = T < most ? T : most;
+#pragma GCC unroll 16
+  for (int t = 0; t < T; t += n) f.template operator()<n>(t, acts + t * int(sizeof(I8Block)));
+}
+
+constexpr auto plain_dot = [](i32x16 s, bytes64 u, const int8_t* a) { return dot_u8(s, u, a); };
+constexpr auto biased_dot = [](i32x16 s, bytes64 u, const int8_t* a) { return dot_code(s, u, a); };
+
+// sums += scale · a.scale · Σ (code - offset) · a.code, over the 32 columns of a block
+template <int T, int G, class Code, class Dot>
+inline void add_scaled(Code code, const f32x16 (&scale)[G], const std::byte* acts, Sums<T, G>& sums, Dot dot) {
+  for_chains<T, G>(acts, [&]<int n>(int first, const std::byte* a) {
+    i32x16 s[n][G];
+    add_dots<n, G, 0, 8>(code, a, 0, s, dot);
+    Sums<n, G>::each([&](int t, int g) {
+      sums.set(first + t, g, fma(to_f32(s[t][g]), scale[g] * splat(block_of(a, t).scale), sums.get(first + t, g)));
+    });
+  });
+}
+
+// sums += scale · a.scale · Σ code · a.code + min · a.sum
+template <int T, int G, class Code>
+inline void add_affine(Code code, const f32x16 (&scale)[G], const f32x16 (&min)[G], const std::byte* acts, Sums<T, G>& sums) {
+  for_chains<T, G>(acts, [&]<int n>(int first, const std::byte* a) {
+    i32x16 s[n][G];
+    add_dots<n, G, 0, 8>(code, a, -1, s, plain_dot);
+    Sums<n, G>::each([&](int t, int g) {
+      const I8Block& block = block_of(a, t);
+      const f32x16 product = fma(to_f32(s[t][g]), scale[g] * splat(block.scale), sums.get(first + t, g));
+      sums.set(first + t, g, fma(min[g], splat(block.sum), product));
+    });
+  });
+}
+
+// sums += a.scale · Σ over both halves of scale · Σ (code - offset) · a.code
+template <int T, int G, class Code>
+inline void add_halves(Code code, const f32x16 (&scale0)[G], const f32x16 (&scale1)[G], const std::byte* acts, Sums<T, G>& sums) {
+  for_chains<T, G>(acts, [&]<int n>(int first, const std::byte* a) {
+    i32x16 s[n][G];
+    f32x16 low[n][G];
+    add_dots<n, G, 0, 4>(code, a, 0, s, plain_dot);
+    Sums<n, G>::each([&](int t, int g) { low[t][g] = to_f32(s[t][g]) * scale0[g]; });
+    add_dots<n, G, 4, 8>(code, a, 1, s, plain_dot);
+    Sums<n, G>::each([&](int t, int g) {
+      const f32x16 both = fma(to_f32(s[t][g]), scale1[g], low[t][g]);
+      sums.set(first + t, g, fma(both, splat(block_of(a, t).scale), sums.get(first + t, g)));
+    });
+  });
 }
 
 inline bytes64 low_nibbles(bytes64 v) { return v & splat_bytes(15); }
 inline bytes64 high_nibbles(bytes64 v) { return shift_right_bits<4>(v) & splat_bytes(15); }
 
-// Weights that will be met in a while, brought into the second-level cache a few lines at a time: many at once would hold up the loads.
-struct Ahead {
-  const std::byte* at;  // null for none
+// values[g] of each group
+template <int G, class F>
+inline void for_groups_of(f32x16 (&values)[G], F f) {
+#pragma GCC unroll 2
+  for (int g = 0; g < G; ++g) values[g] = f(g);
+}
 
-  template <int bytes>
-  void fetch(int part) const {
-    if (!at) return;
+// Weights that each group will meet in a while, brought into the second-level cache a few lines at a time: many at once would hold up
+// the loads.
+template <int G>
+struct Ahead {
+  const std::byte* at[G];  // null for none
+
+  // Inlined by force: GCC takes a function that only prefetches for one without effect, and drops the call.
+  [[gnu::always_inline]] void fetch(int bytes, int part) const {
+    if (!at[0]) return;
+#pragma GCC unroll 2
+    for (int g = 0; g < G; ++g)
 #pragma GCC unroll 32
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + part * bytes + i, 0, 2);
+      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at[g] + part * bytes + i, 0, 2);
   }
 };
 
-// A format's multiply adds one unit's columns to acc; `acts` is the unit's first record.
+// Tokens of a tile and groups of rows for types whose products are int8 dots.
+constexpr int dot_tile = 8, dot_groups = vector_registers < 32 ? 1 : 2;
+
+// A format's multiply adds one unit's columns to the sums; `acts` is the unit's first record.
 struct Q4_0 {
   static constexpr DType type = DType::q4_0;
-  static constexpr ActFormat acts = {ActKind::i8, 8, false, sizeof(I8Block), vector_registers / 2};
+  static constexpr ActFormat acts = {ActKind::i8, 8, false, sizeof(I8Block), dot_tile};
+  static constexpr int groups = dot_groups;
 
-  static Codes codes(const std::byte* p) {
-    Codes w;
-    for (int q = 0; q < 4; ++q) {
-      const bytes64 v = load_bytes(p + 64 * q);
-      w.quad[q] = low_nibbles(v), w.quad[q + 4] = high_nibbles(v);
-    }
-    return w;
+  static bytes64 code(const std::byte* p, int q) {
+    const bytes64 v = load_bytes(p + 64 * (q % 4));
+    return q < 4 ? low_nibbles(v) : high_nibbles(v);
   }
-  template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
-    ahead.fetch<576>(0);
-    for (int b = 0; b < 2; ++b)
-      add_scaled(codes(w + 64 + 256 * b), load_f16(halves_at(w + 32 * b)), acts + b * T * sizeof(I8Block), acc,
-                 [](i32x16 s, bytes64 u, const int8_t* a) { return dot_u8(s, u, a); });
+  template <int T, int G>
+  static void multiply(Groups<G> w, const std::byte* acts, Sums<T, G>& sums, Ahead<G> ahead) {
+    ahead.fetch(576, 0);
+    for (int b = 0; b < 2; ++b) {
+      f32x16 scale[G];
+      for_groups_of(scale, [&](int g) { return load_f16(halves_at(w[g] + 32 * b)); });
+      add_scaled([=](int g, int q) { return code(w[g] + 64 + 256 * b, q); }, scale, acts + b * T * sizeof(I8Block), sums, plain_dot);
+    }
   }
 };
 
 struct Q4_1 {
   static constexpr DType type = DType::q4_1;
-  static constexpr ActFormat acts = {ActKind::i8_affine, 0, false, sizeof(I8Block), vector_registers / 2};
+  static constexpr ActFormat acts = {ActKind::i8_affine, 0, false, sizeof(I8Block), dot_tile};
+  static constexpr int groups = dot_groups;
 
-  template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
-    ahead.fetch<640>(0);
-    for (int b = 0; b < 2; ++b)
-      add_affine(Q4_0::codes(w + 128 + 256 * b), load_f16(halves_at(w + 32 * b)), load_f16(halves_at(w + 64 + 32 * b)),
-                 acts + b * T * sizeof(I8Block), acc);
+  template <int T, int G>
+  static void multiply(Groups<G> w, const std::byte* acts, Sums<T, G>& sums, Ahead<G> ahead) {
+    ahead.fetch(640, 0);
+    for (int b = 0; b < 2; ++b) {
+      f32x16 scale[G], min[G];
+      for_groups_of(scale, [&](int g) { return load_f16(halves_at(w[g] + 32 * b)); });
+      for_groups_of(min, [&](int g) { return load_f16(halves_at(w[g] + 64 + 32 * b)); });
+      add_affine([=](int g, int q) { return Q4_0::code(w[g] + 128 + 256 * b, q); }, scale, min, acts + b * T * sizeof(I8Block), sums);
+    }
   }
 };
 
 struct Q8_0 {
   static constexpr DType type = DType::q8_0;
-  static constexpr ActFormat acts = {ActKind::i8, code_bias, false, sizeof(I8Block), vector_registers / 2};
+  static constexpr ActFormat acts = {ActKind::i8, code_bias, false, sizeof(I8Block), dot_tile};
+  static constexpr int groups = dot_groups;
 
-  template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
+  template <int T, int G>
+  static void multiply(Groups<G> w, const std::byte* acts, Sums<T, G>& sums, Ahead<G> ahead) {
     for (int b = 0; b < 2; ++b) {
-      ahead.fetch<544>(b);
-      Codes c;
-      for (int q = 0; q < 8; ++q) c.quad[q] = load_bytes(w + 64 + 512 * b + 64 * q);
-      add_scaled(c, load_f16(halves_at(w + 32 * b)), acts + b * T * sizeof(I8Block), acc,
-                 [](i32x16 s, bytes64 u, const int8_t* a) { return dot_code(s, u, a); });
+      ahead.fetch(544, b);
+      f32x16 scale[G];
+      for_groups_of(scale, [&](int g) { return load_f16(halves_at(w[g] + 32 * b)); });
+      add_scaled([=](int g, int q) { return load_bytes(w[g] + 64 + 512 * b + 64 * q); }, scale, acts + b * T * sizeof(I8Block), sums,
+                 biased_dot);
     }
   }
 };
 
 // Scales and minima of the eight blocks of a Q4_K or Q5_K unit.
+template <int G>
 struct KScales {
-  f32x16 scale[8], min[8];
+  f32x16 scale[8][G], min[8][G];
 
-  explicit KScales(const std::byte* w) {
-    const f32x16 d = load_f16(halves_at(w)), dmin = zero_f32() - load_f16(halves_at(w + 32));
-    u8x16 s[12];
-    for (int i = 0; i < 12; ++i) s[i] = load_u8x16(w + 64 + 16 * i);
-    const u8x16 six = splat_u8(63), four = splat_u8(15);
-    for (int j = 0; j < 4; ++j) {
-      scale[j] = d * widen_u8(s[j] & six);
-      min[j] = dmin * widen_u8(s[j + 4] & six);
-      scale[j + 4] = d * widen_u8((s[j + 8] & four) | shift_left_u8<4>(shift_right_u8<6>(s[j])));
-      min[j + 4] = dmin * widen_u8(shift_right_u8<4>(s[j + 8]) | shift_left_u8<4>(shift_right_u8<6>(s[j + 4])));
+  explicit KScales(Groups<G> w) {
+    for (int g = 0; g < G; ++g) {
+      const f32x16 d = load_f16(halves_at(w[g])), dmin = zero_f32() - load_f16(halves_at(w[g] + 32));
+      u8x16 s[12];
+      for (int i = 0; i < 12; ++i) s[i] = load_u8x16(w[g] + 64 + 16 * i);
+      const u8x16 six = splat_u8(63), four = splat_u8(15);
+      for (int j = 0; j < 4; ++j) {
+        scale[j][g] = d * widen_u8(s[j] & six);
+        min[j][g] = dmin * widen_u8(s[j + 4] & six);
+        scale[j + 4][g] = d * widen_u8((s[j + 8] & four) | shift_left_u8<4>(shift_right_u8<6>(s[j])));
+        min[j + 4][g] = dmin * widen_u8(shift_right_u8<4>(s[j + 8]) | shift_left_u8<4>(shift_right_u8<6>(s[j + 4])));
+      }
     }
   }
 };
 
 struct Q4_K {
   static constexpr DType type = DType::q4_k;
-  static constexpr ActFormat acts = {ActKind::i8_affine, 0, false, sizeof(I8Block), vector_registers / 2};
+  static constexpr ActFormat acts = {ActKind::i8_affine, 0, false, sizeof(I8Block), dot_tile};
+  static constexpr int groups = dot_groups;
 
-  template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
-    const KScales k(w);
+  template <int T, int G>
+  static void multiply(Groups<G> w, const std::byte* acts, Sums<T, G>& sums, Ahead<G> ahead) {
+    const KScales<G> k(w);
     constexpr int step = T * int(sizeof(I8Block));
     for (int pair = 0; pair < 4; ++pair) {
-      ahead.fetch<576>(pair);
-      const std::byte* p = w + 256 + 512 * pair;
-      Codes c;
-      for (int q = 0; q < 8; ++q) c.quad[q] = low_nibbles(load_bytes(p + 64 * q));
-      add_affine(c, k.scale[2 * pair], k.min[2 * pair], acts + 2 * pair * step, acc);
-      for (int q = 0; q < 8; ++q) c.quad[q] = high_nibbles(load_bytes(p + 64 * q));
-      add_affine(c, k.scale[2 * pair + 1], k.min[2 * pair + 1], acts + (2 * pair + 1) * step, acc);
+      ahead.fetch(576, pair);
+      const int at = 256 + 512 * pair, j = 2 * pair;
+      add_affine([=](int g, int q) { return low_nibbles(load_bytes(w[g] + at + 64 * q)); }, k.scale[j], k.min[j], acts + j * step, sums);
+      add_affine([=](int g, int q) { return high_nibbles(load_bytes(w[g] + at + 64 * q)); }, k.scale[j + 1], k.min[j + 1],
+                 acts + (j + 1) * step, sums);
     }
   }
 };
 
 struct Q5_K {
   static constexpr DType type = DType::q5_k;
-  static constexpr ActFormat acts = {ActKind::i8_affine, 0, false, sizeof(I8Block), vector_registers / 2};
+  static constexpr ActFormat acts = {ActKind::i8_affine, 0, false, sizeof(I8Block), dot_tile};
+  static constexpr int groups = dot_groups;
 
   // The fifth bit of block j is bit j of the high bytes.
   template <int j>
@@ -176,27 +281,27 @@ struct Q5_K {
     else
       return shift_right_bits<j - 4>(high) & splat_bytes(16);
   }
-  template <int j, int T>
-  static void block(const std::byte* w, const KScales& k, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
-    ahead.fetch<352>(j);
-    Codes c;
-    for (int q = 0; q < 8; ++q) {
-      const bytes64 v = load_bytes(w + 768 + 512 * (j / 2) + 64 * q);
-      c.quad[q] = (j % 2 ? high_nibbles(v) : low_nibbles(v)) | fifth<j>(load_bytes(w + 256 + 64 * q));
-    }
-    add_affine(c, k.scale[j], k.min[j], acts + j * T * int(sizeof(I8Block)), acc);
+  template <int j, int T, int G>
+  static void block(Groups<G> w, const KScales<G>& k, const std::byte* acts, Sums<T, G>& sums, Ahead<G> ahead) {
+    ahead.fetch(352, j);
+    const auto code = [=](int g, int q) {
+      const bytes64 v = load_bytes(w[g] + 768 + 512 * (j / 2) + 64 * q);
+      return (j % 2 ? high_nibbles(v) : low_nibbles(v)) | fifth<j>(load_bytes(w[g] + 256 + 64 * q));
+    };
+    add_affine(code, k.scale[j], k.min[j], acts + j * T * int(sizeof(I8Block)), sums);
   }
-  template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
-    const KScales k(w);
-    block<0>(w, k, acts, acc, ahead), block<1>(w, k, acts, acc, ahead), block<2>(w, k, acts, acc, ahead), block<3>(w, k, acts, acc, ahead);
-    block<4>(w, k, acts, acc, ahead), block<5>(w, k, acts, acc, ahead), block<6>(w, k, acts, acc, ahead), block<7>(w, k, acts, acc, ahead);
+  template <int T, int G>
+  static void multiply(Groups<G> w, const std::byte* acts, Sums<T, G>& sums, Ahead<G> ahead) {
+    const KScales<G> k(w);
+    [&]<int... j>(std::integer_sequence<int, j...>) { (block<j>(w, k, acts, sums, ahead), ...); }
+    (std::make_integer_sequence<int, 8>());
   }
 };
 
 struct Q6_K {
   static constexpr DType type = DType::q6_k;
-  static constexpr ActFormat acts = {ActKind::i8, 32, true, sizeof(I8Block), vector_registers / 2};
+  static constexpr ActFormat acts = {ActKind::i8, 32, true, sizeof(I8Block), dot_tile};
+  static constexpr int groups = dot_groups;
 
   // Bits 2 · quarter and up of the high bytes are bits 4 and 5 of the codes.
   template <int quarter>
@@ -206,49 +311,50 @@ struct Q6_K {
     else
       return shift_right_bits<2 * quarter - 4>(high) & splat_bytes(0x30);
   }
-  template <int quarter, int T>
-  static void block(const std::byte* w, int half, f32x16 d, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
-    ahead.fetch<420>(4 * half + quarter);
-    const std::byte *low = w + 1024 * half + 512 * (quarter % 2), *high = w + 2048 + 512 * half;
-    const std::byte* scales = w + 3072 + 128 * half + 32 * quarter;
-    Codes c;
-    for (int q = 0; q < 8; ++q) {
-      const bytes64 v = load_bytes(low + 64 * q);
-      c.quad[q] = (quarter < 2 ? low_nibbles(v) : high_nibbles(v)) | top_bits<quarter>(load_bytes(high + 64 * q));
-    }
-    add_halves(c, d * widen_i8(load_u8x16(scales)), d * widen_i8(load_u8x16(scales + 16)), acts + quarter * T * int(sizeof(I8Block)), acc);
+  template <int quarter, int T, int G>
+  static void block(Groups<G> w, int half, const std::byte* acts, Sums<T, G>& sums, Ahead<G> ahead) {
+    ahead.fetch(420, 4 * half + quarter);
+    const int low = 1024 * half + 512 * (quarter % 2), high = 2048 + 512 * half, scales = 3072 + 128 * half + 32 * quarter;
+    const auto code = [=](int g, int q) {
+      const bytes64 v = load_bytes(w[g] + low + 64 * q);
+      return (quarter < 2 ? low_nibbles(v) : high_nibbles(v)) | top_bits<quarter>(load_bytes(w[g] + high + 64 * q));
+    };
+    f32x16 scale0[G], scale1[G];
+    for_groups_of(scale0, [&](int g) { return load_f16(halves_at(w[g] + 3328)) * widen_i8(load_u8x16(w[g] + scales)); });
+    for_groups_of(scale1, [&](int g) { return load_f16(halves_at(w[g] + 3328)) * widen_i8(load_u8x16(w[g] + scales + 16)); });
+    add_halves(code, scale0, scale1, acts + quarter * T * int(sizeof(I8Block)), sums);
   }
-  template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
-    const f32x16 d = load_f16(halves_at(w + 3328));
+  template <int T, int G>
+  static void multiply(Groups<G> w, const std::byte* acts, Sums<T, G>& sums, Ahead<G> ahead) {
     for (int half = 0; half < 2; ++half, acts += 4 * T * sizeof(I8Block)) {
-      block<0>(w, half, d, acts, acc, ahead), block<1>(w, half, d, acts, acc, ahead);
-      block<2>(w, half, d, acts, acc, ahead), block<3>(w, half, d, acts, acc, ahead);
+      block<0>(w, half, acts, sums, ahead), block<1>(w, half, acts, sums, ahead);
+      block<2>(w, half, acts, sums, ahead), block<3>(w, half, acts, sums, ahead);
     }
   }
 };
 
 // Plain types: a block starts from zero, so that consecutive blocks overlap in the pipeline although each is one chain.
-template <class Format, int T, class Step>
-inline void add_block(f32x16 (&acc)[T], int steps, Step step) {
+template <int T, class Step>
+inline void add_block(Sums<T, 1>& sums, int steps, Step step) {
   f32x16 s[T];
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) s[t] = zero_f32();
 #pragma GCC unroll 4
   for (int k = 0; k < steps; ++k) step(k, s);
 #pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) acc[t] = acc[t] + s[t];
+  for (int t = 0; t < T; ++t) sums.set(t, 0, sums.get(t, 0) + s[t]);
 }
 
 struct F32 {
   static constexpr DType type = DType::f32;
   static constexpr ActFormat acts = {ActKind::f32, 0, false, 128, vector_registers / 4};
+  static constexpr int groups = 1;
 
-  template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
-    ahead.fetch<2048>(0);
-    add_block<F32, T>(acc, 32, [&](int k, f32x16(&s)[T]) {
-      const f32x16 column = load(floats_at(w) + 16 * k);
+  template <int T, int G>
+  static void multiply(Groups<1> w, const std::byte* acts, Sums<T, G>& sums, Ahead<G> ahead) {
+    ahead.fetch(2048, 0);
+    add_block(sums, 32, [&](int k, f32x16(&s)[T]) {
+      const f32x16 column = load(floats_at(w[0]) + 16 * k);
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) s[t] = fma(column, splat(floats_at(acts)[32 * t + k]), s[t]);
     });
@@ -258,12 +364,13 @@ struct F32 {
 struct F16 {
   static constexpr DType type = DType::f16;
   static constexpr ActFormat acts = {ActKind::f32, 0, false, 128, vector_registers / 4};
+  static constexpr int groups = 1;
 
-  template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
-    ahead.fetch<1024>(0);
-    add_block<F16, T>(acc, 32, [&](int k, f32x16(&s)[T]) {
-      const f32x16 column = load_f16(halves_at(w) + 16 * k);
+  template <int T, int G>
+  static void multiply(Groups<1> w, const std::byte* acts, Sums<T, G>& sums, Ahead<G> ahead) {
+    ahead.fetch(1024, 0);
+    add_block(sums, 32, [&](int k, f32x16(&s)[T]) {
+      const f32x16 column = load_f16(halves_at(w[0]) + 16 * k);
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) s[t] = fma(column, splat(floats_at(acts)[32 * t + k]), s[t]);
     });
@@ -275,12 +382,13 @@ struct BF16 {
   static constexpr DType type = DType::bf16;
   static constexpr ActFormat acts = isa_has_bf16 ? ActFormat{ActKind::bf16, 0, false, 64, vector_registers / 4}
                                                  : ActFormat{ActKind::f32, 0, false, 128, vector_registers / 4};
+  static constexpr int groups = 1;
 
-  template <int T>
-  static void multiply(const std::byte* w, const std::byte* acts, f32x16 (&acc)[T], Ahead ahead) {
-    ahead.fetch<1024>(0);
-    add_block<BF16, T>(acc, 16, [&](int k, f32x16(&s)[T]) {
-      const bf16x32 pair = load_bf16x32(halves_at(w) + 32 * k);
+  template <int T, int G>
+  static void multiply(Groups<1> w, const std::byte* acts, Sums<T, G>& sums, Ahead<G> ahead) {
+    ahead.fetch(1024, 0);
+    add_block(sums, 16, [&](int k, f32x16(&s)[T]) {
+      const bf16x32 pair = load_bf16x32(halves_at(w[0]) + 32 * k);
       if constexpr (isa_has_bf16) {
 #pragma GCC unroll 16
         for (int t = 0; t < T; ++t) s[t] = dot_bf16(s[t], pair, splat_bf16_pair(halves_at(acts) + 32 * t + 2 * k));
@@ -298,25 +406,32 @@ struct BF16 {
 
 constexpr int64_t weights_ahead = 8192;  // ahead of the unit at work: about the latency of memory at a core's share of bandwidth
 
-template <class Format, int T>
-void product_tile(const Product& p) {
+// Groups [first, first + G).
+template <class Format, int T, int G>
+inline void product_groups(const Product& p, int64_t first) {
   constexpr PackedFormat packed = packed_format(Format::type);
   constexpr int64_t unit_acts = int64_t(packed.unit_cols / act_block) * T * Format::acts.block_bytes;
-  const std::byte* w = p.weights;
-  const std::byte* const end = w + p.groups * p.group_bytes;
-  const int64_t jump = p.next ? p.next - end : 0;
-  for (int64_t g = 0; g < p.groups; ++g) {
-    f32x16 acc[T];
-#pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) acc[t] = zero_f32();
-    const std::byte* acts = p.acts;
-    for (int64_t u = 0; u < p.units; ++u, w += packed.unit_bytes, acts += unit_acts) {
-      const std::byte* ahead = w + weights_ahead < end ? w + weights_ahead : w + weights_ahead + jump;
-      Format::template multiply<T>(w, acts, acc, {p.fetch ? ahead : nullptr});
+  const std::byte *w = p.weights + first * p.group_bytes, *acts = p.acts;
+  const std::byte *const row_end = w + p.group_bytes, *const end = p.weights + p.groups * p.group_bytes;
+  Sums<T, G> sums(p.out + 16 * first, p.stride);
+  for (int64_t u = 0; u < p.units; ++u, w += packed.unit_bytes, acts += unit_acts) {
+    Ahead<G> ahead{};
+    for (int g = 0; g < G && p.fetch; ++g) {
+      const std::byte* at = w + weights_ahead / G;
+      at += (at < row_end ? g : g + G - 1) * p.group_bytes;  // a row that ends goes on G rows further
+      ahead.at[g] = at < end || !p.next ? at : at + (p.next - end);
     }
-#pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) store(p.out + t * p.stride + 16 * g, acc[t]);
+    Format::template multiply<T, G>(Groups<G>{w, p.group_bytes}, acts, sums, ahead);
   }
+  sums.finish();
+}
+
+template <class Format, int T>
+void product_tile(const Product& p) {
+  int64_t g = 0;
+  if constexpr (Format::groups == 2 && T >= 4)
+    for (; g + 2 <= p.groups; g += 2) product_groups<Format, T, 2>(p, g);
+  for (; g < p.groups; ++g) product_groups<Format, T, 1>(p, g);
 }
 
 template <class Format>
@@ -329,9 +444,6 @@ void product(const Product& p) {
   }
   if constexpr (most >= 8) {
     if (p.tokens == 8) return product_tile<Format, 8>(p);
-  }
-  if constexpr (most >= 16) {
-    if (p.tokens == 16) return product_tile<Format, 16>(p);
   }
 }
 

@@ -25,7 +25,7 @@
 //   range) dots      dot_u8(acc, u, s4): acc[i] += Σ_{c<4} u8[4i+c] · s8 s4[c] for codes u ≤ 127; dot_u8(acc, u, s) with a vector of s8;
 //             dot_code(acc, u, s4): the same for any u8, where u counts from code_bias: acc[i] += Σ (u8 - (128 - code_bias)) · s8;
 //             dot_bf16(acc, a, b): acc[i] += a[2i]·b[2i] + a[2i+1]·b[2i+1]
-//   constants isa_has_bf16, code_bias, vector_registers
+//   constants isa_has_bf16, code_bias, vector_registers, dot_chains (chains of int8 dots that hide the latency of one)
 namespace mla {
 namespace {
 
@@ -49,7 +49,7 @@ inline f32x16 exp(f32x16 x) {
 inline f32x16 silu(f32x16 x) { return x / (splat(1.0f) + exp(zero_f32() - x)); }
 
 // Brings the line at p closer, for streams the hardware does not foresee.
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+[[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 }  // namespace
 }  // namespace mla

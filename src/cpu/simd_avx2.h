@@ -25,6 +25,7 @@ struct bf16x32 {
 constexpr bool isa_has_bf16 = false;
 constexpr int code_bias = 0;  // dot_code takes the 128 off itself
 constexpr int vector_registers = 16;
+constexpr int dot_chains = 4;
 
 inline const __m256i* as_vector(const void* p) { return static_cast<const __m256i*>(p); }
 inline __m256i* as_vector(void* p) { return static_cast<__m256i*>(p); }

@@ -29,6 +29,7 @@ constexpr bool isa_has_bf16 = false;
 #endif
 constexpr int code_bias = 128;  // dot_code multiplies the stored code as it is; callers take 128 · Σ s off
 constexpr int vector_registers = 32;
+constexpr int dot_chains = 16;
 
 inline __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
 

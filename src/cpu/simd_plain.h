@@ -33,6 +33,7 @@ struct bf16x32 {
 constexpr bool isa_has_bf16 = false;
 constexpr int code_bias = 128;
 constexpr int vector_registers = 8;  // as small tiles as pay, since each vector takes four registers
+constexpr int dot_chains = 1;
 
 template <class To, class From>
 inline To bits_as(const From& x) {
