@@ -59,16 +59,16 @@ void check(const Call& c, Spans spans) {
           "span of {} queries at row {} of {}, {} cache rows", s.count, s.start, n, s.kv_count);
 }
 
-void plan_span(const Call& c, const Span& span, std::vector<Block>& blocks) {
+void plan_span(const Call& c, const Span& span, int few_rows, std::vector<Block>& blocks) {
   const KvLayout& l = c.layout();
   const int64_t rows = int64_t(span.count) * c.group;
   if (rows == 0) return;
-  const bool few = rows <= attention_few_rows;
+  const bool few = rows <= few_rows;
   const int most = few ? int(rows) : attention_vectors * 16;
   int heads = 1;
   if (few) {
     const int64_t head_bytes = std::max<int64_t>(1, attention_tile * c.kv.format.row_bytes() / l.heads);
-    heads = int(std::clamp<int64_t>(tile_bytes / head_bytes, 1, l.heads));
+    heads = int(std::clamp<int64_t>(tile_bytes / head_bytes, 1, std::min<int64_t>(l.heads, attention_vectors * 16 / rows)));
   }
   const int64_t across = (l.heads + heads - 1) / heads * ((rows + most - 1) / most);
   const int64_t pieces_wanted = std::clamp<int64_t>(wanted_units / across, 1, attention_pieces);
@@ -135,7 +135,7 @@ void cpu_attend(CpuDevice& device, Tensor q, const Kv& kv, Spans spans, Mask mas
   const Call c{q, kv, mask, scale, o, lse, how, int(q.shape[1] / std::max(1, kv.format.layout.heads))};
   check(c, spans);
   std::vector<Block> blocks;
-  for (const Span& span : spans) plan_span(c, span, blocks);
+  for (const Span& span : spans) plan_span(c, span, device.kernels().attention.few_rows, blocks);
 
   struct Unit {
     int block, piece;

@@ -11,10 +11,10 @@ namespace mla {
 
 // Context is met in tiles of this many rows; scores, weights and staged rows of a tile stay in the first-level caches.
 constexpr int attention_tile = 64;
-// Query rows of one unit in the form "lanes": vectors of 16.
+// Query rows of one unit: in the form "lanes" as vectors of 16, in the form "rows" those of all its cache heads.
 constexpr int attention_vectors = 8;
-// Spans with at most this many query rows per cache head take the form "rows".
-constexpr int attention_few_rows = 4;
+// Spans with at most this many query rows per cache head may take the form "rows"; AttentionKernels::few_rows says which do.
+constexpr int most_query_rows = 16;
 // A long context is split into at most this many pieces.
 constexpr int attention_pieces = 32;
 
@@ -56,6 +56,7 @@ struct AttentionFinish {
 };
 
 struct AttentionKernels {
+  int few_rows;  // spans with up to this many query rows per cache head take the form "rows"
   void (*lanes)(const AttentionUnit&);
   void (*rows)(const AttentionUnit&);
   void (*finish_lanes)(const AttentionFinish&);
@@ -68,8 +69,7 @@ struct AttentionKernels {
 // Bytes of scratch a unit needs, whatever the instruction set: queries, two copies of a tile's rows, and scores and weights.
 constexpr int64_t attention_scratch(const KvLayout& layout) {
   const int64_t d_k = round_up(layout.d_k, 32), d_v = round_up(layout.d_v, 32), wide = d_k > d_v ? d_k : d_v;
-  const int64_t in_lanes = attention_vectors * 16, in_rows = int64_t(layout.heads) * attention_few_rows;
-  const int64_t queries = (in_lanes > in_rows ? in_lanes : in_rows) * d_k, tile = 2 * attention_tile * wide;
+  const int64_t queries = attention_vectors * 16 * d_k, tile = 2 * attention_tile * wide;
   return 4 * (queries + tile + 2 * attention_vectors * attention_tile * 16);
 }
 

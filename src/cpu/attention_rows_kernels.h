@@ -67,30 +67,50 @@ inline bool lies_as(const KvFormat& f) {
 }
 
 // How dot products along a row run: whole f32, or pairs of bf16 summed in f32.
-inline f32x16 dot_step(f32x16 acc, const float* q, f32x16 key) { return fma(load(q), key, acc); }
-inline f32x16 dot_step(f32x16 acc, const uint16_t* q, bf16x32 key) { return dot_bf16(acc, load_bf16x32(q), key); }
+inline f32x16 dot_step(f32x16 acc, f32x16 query, f32x16 key) { return fma(query, key, acc); }
+inline f32x16 dot_step(f32x16 acc, bf16x32 query, bf16x32 key) { return dot_bf16(acc, query, key); }
 inline f32x16 load_some(const float* p) { return load(p); }
 inline bf16x32 load_some(const uint16_t* p) { return load_bf16x32(p); }
 template <class T>
 constexpr int row_lanes = 64 / int(sizeof(T));
 
-// quads[h][0, 16): what sum_quarters makes the products of four keys with query h, over n elements.
+// Keys and query rows whose products are formed together, so that either serves the other while it is in a register.
+constexpr int rows_keys = vector_registers < 32 ? 4 : 8, rows_queries = vector_registers < 32 ? 4 : 2;
+
+// Calls f.template operator()<n>(first) for groups of at most `most` (2 or 4) of the query rows.
+template <int most, class F>
+inline void for_query_rows(int rows, F f) {
+  int r = 0;
+  for (; r + most <= rows; r += most) f.template operator()<most>(r);
+  if constexpr (most > 2) {
+    if (rows - r == 3) return f.template operator()<3>(r);
+  }
+  if (rows - r == 2) f.template operator()<2>(r);
+  if (rows - r == 1) f.template operator()<1>(r);
+}
+
+// quads[h][k / 4][0, 16): what sum_quarters makes the products of keys k … k + 3 with query h, over n elements.
 template <int H, class T>
 inline void dot_rows(const T* q, int64_t q_row, int64_t n, const T* const* keys, float* quads) {
-  f32x16 acc[4][H];
-  for (int r = 0; r < 4; ++r)
-    for (int h = 0; h < H; ++h) acc[r][h] = zero_f32();
-  const T *k0 = keys[0], *k1 = keys[1], *k2 = keys[2], *k3 = keys[3];
+  f32x16 acc[rows_keys][H];
+  const T* key[rows_keys];
+  for (int k = 0; k < rows_keys; ++k) {
+    key[k] = keys[k];
+    for (int h = 0; h < H; ++h) acc[k][h] = zero_f32();
+  }
   for (int64_t d = 0; d < n; d += row_lanes<T>) {
-    const auto x0 = load_some(k0 + d), x1 = load_some(k1 + d), x2 = load_some(k2 + d), x3 = load_some(k3 + d);
+    decltype(load_some(q)) x[rows_keys];
+#pragma GCC unroll 8
+    for (int k = 0; k < rows_keys; ++k) x[k] = load_some(key[k] + d);
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h) {
-      const T* query = q + h * q_row + d;
-      acc[0][h] = dot_step(acc[0][h], query, x0), acc[1][h] = dot_step(acc[1][h], query, x1);
-      acc[2][h] = dot_step(acc[2][h], query, x2), acc[3][h] = dot_step(acc[3][h], query, x3);
+      const auto query = load_some(q + h * q_row + d);
+#pragma GCC unroll 8
+      for (int k = 0; k < rows_keys; ++k) acc[k][h] = dot_step(acc[k][h], query, x[k]);
     }
   }
-  for (int h = 0; h < H; ++h) store(quads + h * attention_tile * 4, sum_quads(acc[0][h], acc[1][h], acc[2][h], acc[3][h]));
+  for (int h = 0; h < H; ++h)
+    for (int k = 0; k < rows_keys; k += 4) store(quads + h * 64 + k * 4, sum_quads(acc[k][h], acc[k + 1][h], acc[k + 2][h], acc[k + 3][h]));
 }
 
 // o[h] = o[h] · shrink[h] + Σ_t weights[h][t] · values[t], over elements [d, d + 16 W).
@@ -167,78 +187,111 @@ struct RowParts {
   int64_t key, value, key_bytes, value_bytes, key_at, value_at;
 };
 
-// One cache head's tile of n rows for H query rows. The tables of rows reach to the end of the tile.
-template <class T, int H>
-inline void attend_rows_tile(const AttentionUnit& u, int head, int from, int n, const std::byte* const* row, const std::byte* const* ahead,
-                             const T* q, int64_t q_row, T* room, float* state) {
-  constexpr int lanes = row_lanes<T>;
-  const KvFormat& f = u.kv->format;
-  const KvLayout& l = f.layout;
-  const RowParts<T> parts(f, head);
-  const int64_t step = round_up(l.d_k > l.d_v ? l.d_k : l.d_v, 32), o_row = rows_state(l);
-  float quads[H * attention_tile * 4], scores[H * attention_tile], shrink[H];
-  T weights[H * attention_tile];
+// What a tile of one cache head works with: staged rows where they do not lie as the products read them, scores and weights.
+template <class T>
+struct RowsTile {
+  T* room;  // [attention_tile][step]
+  int64_t step;
   const T *key[attention_tile], *value[attention_tile];
-  const int padded = int(round_up(n, 4));
-  for (int t = 0; t < padded; t += 4) {
-    for (int i = t; i < t + 4; ++i) {
-      if (parts.keys_lie) {
-        key[i] = reinterpret_cast<const T*>(row[i]) + parts.key;
-      } else {
-        T* to = room + i * step;
-        std::memset(to + round_up(l.d_k, 32) - 32, 0, 32 * sizeof(T));  // what the products read beyond the key
-        read_key<true>(f, row[i], head, to);
-        key[i] = to;
+  float scores[most_query_rows * attention_tile], shrink[most_query_rows];
+  T weights[most_query_rows * attention_tile];
+};
+
+// Scores of a tile of n rows for all query rows of the unit. The tables of rows reach to the end of the tile.
+template <class T>
+inline void score_rows(const AttentionUnit& u, int head, const RowParts<T>& parts, int n, const std::byte* const* row,
+                       const std::byte* const* ahead, const T* q, int64_t q_row, RowsTile<T>& tile) {
+  const KvFormat& f = u.kv->format;
+  const int64_t d_k = f.layout.d_k;
+  for (int t = 0; t < n; t += 16) {
+    float quads[most_query_rows * 64] = {};
+    const int end = n - t < 16 ? n - t : 16;
+    for (int k = 0; k < end; k += rows_keys) {
+      for (int i = t + k; i < t + k + rows_keys; ++i) {
+        if (parts.keys_lie) {
+          tile.key[i] = reinterpret_cast<const T*>(row[i]) + parts.key;
+        } else {
+          T* to = tile.room + i * tile.step;
+          std::memset(to + round_up(d_k, 32) - 32, 0, 32 * sizeof(T));  // what the products read beyond the key
+          read_key<true>(f, row[i], head, to);
+          tile.key[i] = to;
+        }
+        if (ahead) prefetch_bytes(ahead[i] + parts.key_at, parts.key_bytes);
       }
-      if (ahead) prefetch_bytes(ahead[i] + parts.key_at, parts.key_bytes);
+      for_query_rows<rows_queries>(u.rows, [&]<int H>(int r) {
+        dot_rows<H>(q + r * q_row, q_row, round_up(d_k, row_lanes<T>), tile.key + t + k, quads + r * 64 + k * 4);
+      });
     }
-    dot_rows<H>(q, q_row, round_up(l.d_k, lanes), key + t, quads + t * 4);
-  }
-  for (int h = 0; h < H; ++h) {
-    for (int t = 0; t < padded; t += 16) {
-      const float* s = quads + (h * attention_tile + t) * 4;
-      store(scores + h * attention_tile + t, sum_quarters(load(s), load(s + 16), load(s + 32), load(s + 48)));
+    for (int r = 0; r < u.rows; ++r) {
+      const float* s = quads + r * 64;
+      store(tile.scores + r * attention_tile + t, sum_quarters(load(s), load(s + 16), load(s + 32), load(s + 48)));
     }
-    const int64_t at = query_position(u, u.first + h) - u.span->kv_position - from;
-    const int64_t to = !u.mask.causal || at + 1 > n ? n : at < 0 ? 0 : at + 1;
-    const int64_t edge = u.mask.window > 0 ? at - u.mask.window + 1 : 0;
-    shrink[h] = softmax_row(scores + h * attention_tile,
-                            int(edge < 0   ? 0
-                                : edge > n ? n
-                                           : edge),
-                            int(to), state + h * o_row, weights + h * attention_tile);
   }
-  for (int t = 0; t < padded; ++t) {
-    if (parts.values_lie) {
-      value[t] = reinterpret_cast<const T*>(row[t]) + parts.value;
-    } else if (l.v_in_k) {
-      value[t] = key[t];
-      if (parts.keys_lie) read_key<true>(f, row[t], head, room + t * step), value[t] = room + t * step;
-    } else {
-      read_value<true>(f, row[t], head, room + t * step);
-      value[t] = room + t * step;
-    }
-    if (ahead && !l.v_in_k) prefetch_bytes(ahead[t] + parts.value_at, parts.value_bytes);
-  }
-  int64_t d = 0;
-  for (; d + 64 <= l.d_v; d += 64) sum_rows<H, 4>(weights, n, value, d, shrink, state + 16, o_row);
-  for (; d < l.d_v; d += lanes) sum_rows<H, lanes / 16>(weights, n, value, d, shrink, state + 16, o_row);
 }
 
-template <class T, int H>
+template <class T>
+inline void find_values(const AttentionUnit& u, int head, const RowParts<T>& parts, int n, const std::byte* const* row,
+                        const std::byte* const* ahead, RowsTile<T>& tile) {
+  const KvFormat& f = u.kv->format;
+  for (int t = 0; t < n; ++t) {
+    T* room = tile.room + t * tile.step;
+    if (parts.values_lie) {
+      tile.value[t] = reinterpret_cast<const T*>(row[t]) + parts.value;
+    } else if (f.layout.v_in_k) {
+      tile.value[t] = tile.key[t];
+      if (parts.keys_lie) read_key<true>(f, row[t], head, room), tile.value[t] = room;
+    } else {
+      read_value<true>(f, row[t], head, room);
+      tile.value[t] = room;
+    }
+    if (ahead && !f.layout.v_in_k) prefetch_bytes(ahead[t] + parts.value_at, parts.value_bytes);
+  }
+}
+
+// One cache head's tile of n rows, from row `from` of the span on.
+template <class T>
+inline void attend_rows_tile(const AttentionUnit& u, int head, int from, int n, const std::byte* const* row, const std::byte* const* ahead,
+                             const T* q, int64_t q_row, RowsTile<T>& tile, float* state) {
+  constexpr int lanes = row_lanes<T>;
+  const KvLayout& l = u.kv->format.layout;
+  const RowParts<T> parts(u.kv->format, head);
+  const int64_t o_row = rows_state(l);
+  score_rows(u, head, parts, n, row, ahead, q, q_row, tile);
+  for (int r = 0; r < u.rows; ++r) {
+    const int64_t at = query_position(u, u.first + r) - u.span->kv_position - from;
+    const int64_t to = !u.mask.causal || at + 1 > n ? n : at < 0 ? 0 : at + 1;
+    const int64_t edge = u.mask.window > 0 ? at - u.mask.window + 1 : 0;
+    const int first = int(edge < 0 ? 0 : edge > n ? n : edge);
+    tile.shrink[r] = softmax_row(tile.scores + r * attention_tile, first, int(to), state + r * o_row, tile.weights + r * attention_tile);
+  }
+  const int padded = int(round_up(n, 2));  // bf16 dots take rows in pairs
+  find_values(u, head, parts, padded, row, ahead, tile);
+  auto sum = [&]<int W>(int64_t d) {
+    for_query_rows<4>(u.rows, [&]<int H>(int r) {
+      sum_rows<H, W>(tile.weights + r * attention_tile, n, tile.value, d, tile.shrink + r, state + r * o_row + 16, o_row);
+    });
+  };
+  int64_t d = 0;
+  for (; d + 64 <= l.d_v; d += 64) sum.template operator()<4>(d);
+  for (; d < l.d_v; d += lanes) sum.template operator()<lanes / 16>(d);
+}
+
+template <class T>
 inline void attend_rows_in(const AttentionUnit& u) {
   const KvLayout& l = u.kv->format.layout;
-  const int64_t q_row = round_up(l.d_k, 32), step = round_up(l.d_k > l.d_v ? l.d_k : l.d_v, 32);
-  auto* room = reinterpret_cast<T*>(u.scratch);
-  T* q = room + attention_tile * step;
+  const int64_t q_row = round_up(l.d_k, 32);
+  RowsTile<T> tile;
+  tile.room = reinterpret_cast<T*>(u.scratch);
+  tile.step = round_up(l.d_k > l.d_v ? l.d_k : l.d_v, 32);
+  T* q = tile.room + attention_tile * tile.step;
   for (int g = 0; g < u.heads; ++g) {
-    for (int h = 0; h < H; ++h) {
-      float* state = u.state + (g * H + h) * rows_state(l);
+    for (int r = 0; r < u.rows; ++r) {
+      float* state = u.state + (g * u.rows + r) * rows_state(l);
       std::memset(state, 0, size_t(rows_state(l)) * sizeof(float));
       state[0] = -__builtin_inff();
-      const int row = u.first + h;
+      const int row = u.first + r;
       const float* from = u.q + row / u.group * u.q_token + (int64_t(u.head + g) * u.group + row % u.group) * u.q_head;
-      T* to = q + (g * H + h) * q_row;
+      T* to = q + (g * u.rows + r) * q_row;
       std::memset(to, 0, size_t(q_row) * sizeof(T));
       const f32x16 scale = splat(u.scale);
       convert<false>(l.d_k, to, [=](int64_t i, int m) { return scale * (m == 16 ? load(from + i) : load(from + i, m)); });
@@ -254,27 +307,16 @@ inline void attend_rows_in(const AttentionUnit& u) {
     for (int t = n; t < attention_tile; ++t) row[t] = row[n - 1];
     for (int t = next; t < attention_tile && next > 0; ++t) ahead[t] = ahead[next - 1];
     for (int g = 0; g < u.heads; ++g)
-      attend_rows_tile<T, H>(u, u.head + g, from, n, row, next > 0 ? ahead : nullptr, q + g * H * q_row, q_row, room,
-                             u.state + g * H * rows_state(l));
-  }
-}
-
-template <class T>
-inline void attend_rows_of(const AttentionUnit& u) {
-  static_assert(attention_few_rows == 4);
-  switch (u.rows) {
-    case 1: return attend_rows_in<T, 1>(u);
-    case 2: return attend_rows_in<T, 2>(u);
-    case 3: return attend_rows_in<T, 3>(u);
-    default: return attend_rows_in<T, 4>(u);
+      attend_rows_tile<T>(u, u.head + g, from, n, row, next > 0 ? ahead : nullptr, q + g * u.rows * q_row, q_row, tile,
+                          u.state + g * u.rows * rows_state(l));
   }
 }
 
 inline void attend_rows(const AttentionUnit& u) {
   if (isa_has_bf16 && u.kv->format.type != DType::f32)
-    attend_rows_of<uint16_t>(u);
+    attend_rows_in<uint16_t>(u);
   else
-    attend_rows_of<float>(u);
+    attend_rows_in<float>(u);
 }
 
 }  // namespace

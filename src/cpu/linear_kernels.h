@@ -171,7 +171,7 @@ struct Ahead {
 };
 
 // Tokens of a tile and groups of rows for types whose products are int8 dots.
-constexpr int dot_tile = 8, dot_groups = vector_registers < 32 ? 1 : 2;
+constexpr int dot_tile = vector_registers < 16 ? 4 : 8, dot_groups = vector_registers < 32 ? 1 : 2;
 
 // A format's multiply adds one unit's columns to the sums; `acts` is the unit's first record.
 struct Q4_0 {

@@ -26,22 +26,23 @@ inline T unknown(T x) {
 }
 [[maybe_unused]] inline void keep(float x) { unknown(x); }
 
-// Rates of independent chains that stay in registers; a round is 16 steps of each of `chains`. Accumulators are named one by one,
-// since compilers keep arrays in memory.
-constexpr int chains = 10;
+// Rates of independent chains that stay in registers: as many as hide the latency of a step where there are registers for them. A round
+// is 16 steps of each.
+constexpr int chains = vector_registers < 32 ? 4 : 16;
 
 template <class Vector, class Step>
 inline Vector run_chains(Vector start, int64_t rounds, Step step) {
-  Vector a = unknown(start), b = unknown(start), c = unknown(start), d = unknown(start), e = unknown(start);
-  Vector f = unknown(start), g = unknown(start), h = unknown(start), i = unknown(start), j = unknown(start);
+  Vector x[chains];
+#pragma GCC unroll 16
+  for (int i = 0; i < chains; ++i) x[i] = unknown(start);
   for (int64_t r = 0; r < rounds; ++r) {
-#pragma GCC unroll 4
-    for (int s = 0; s < 16; ++s) {
-      a = step(a), b = step(b), c = step(c), d = step(d), e = step(e);
-      f = step(f), g = step(g), h = step(h), i = step(i), j = step(j);
-    }
+    for (int s = 0; s < 16; ++s)
+#pragma GCC unroll 16
+      for (int i = 0; i < chains; ++i) x[i] = step(x[i]);
   }
-  return ((a + b) + (c + d)) + ((e + f) + (g + h)) + (i + j);
+  Vector sum = x[0];
+  for (int i = 1; i < chains; ++i) sum = sum + x[i];
+  return sum;
 }
 
 double int8_ops(int64_t rounds) {
