@@ -1,0 +1,446 @@
+// The kernel of absorbed decode, for rows of Tiles × 64 columns whose first Values columns are the values.
+#pragma once
+
+#include "cuda/decode.h"
+#include "cuda/decode_softmax.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/wgmma.cuh"
+
+namespace mla::cuda {
+
+constexpr int decode_threads = 384;  // two warpgroups that compute, one whose first two warps load
+constexpr int box_bytes = 64 * 128;  // 64 rows × 64 columns of bf16
+
+template <int Tiles, int Values>
+struct DecodeShape {
+  static constexpr int boxes = Tiles;
+  static constexpr int values = Values;
+  static constexpr int value_boxes = Values / 64;
+  static constexpr int half_boxes = value_boxes > 1 ? value_boxes / 2 : 1;  // of values that the first warpgroup reads
+  static constexpr int columns = Values / 2;                                // of the output, a warpgroup
+  static constexpr int registers = columns / 2;                             // of it, a thread
+  static constexpr bool shared_box = value_boxes == 1;                      // both warpgroups read the one box of values
+  static constexpr int tile_bytes = Tiles * box_bytes;
+  static constexpr int shared_bytes = 3 * tile_bytes + 2048;
+};
+
+struct DecodeArguments {
+  DecodeCall call;
+  DecodePartials partial;
+  bool start_merge;  // while the last results are stored
+};
+
+// What a block keeps in shared memory beside the queries and two tiles.
+template <class S>
+struct DecodeShared {
+  uint64_t full[2][S::boxes];  // a box of a tile has come
+  uint64_t empty[2][2];        // what a warpgroup read last of a tile may be overwritten
+  uint64_t q_full, q_empty;
+  float m[2][block_rows];  // the maxima after each warpgroup's softmax
+  float l[2][block_rows];  // the warpgroups' shares of the sums
+};
+
+extern __shared__ __align__(1024) uint8_t decode_memory[];
+
+// Where things are in it. Its address is a constant, so that nothing of this takes registers.
+template <class S>
+struct DecodeBlock {
+  __device__ static uint8_t* q() { return decode_memory; }  // [boxes][64 rows][64 columns]
+  // The same; the last box, read for scores alone, then holds the probabilities for the other warpgroup.
+  __device__ static uint8_t* k(int tile) { return decode_memory + (1 + tile) * S::tile_bytes; }
+  __device__ static uint8_t* probabilities(int tile) { return k(tile) + (S::boxes - 1) * box_bytes; }
+  __device__ static DecodeShared<S>& shared() { return *reinterpret_cast<DecodeShared<S>*>(decode_memory + 3 * S::tile_bytes); }
+};
+
+enum NamedBarrier { sums_written = 1, even_handed_over, odd_handed_over, even_cleared, odd_cleared };
+
+// The warps that load: queries in boxes of 16 rows, tiles box by box in the order in which the warpgroups free and need them.
+template <class S>
+struct DecodeLoader {
+  static constexpr DecodeBlock<S> b{};
+  const CUtensorMap *q_map, *kv_map;
+  const DecodeCall& call;
+  int lane, tiles_a_page;
+  // Where more than two blocks share tiles, the next pair is fetched into the second-level cache: such work is bound by arithmetic and
+  // waits for its copies. Where memory is the bound, fetching costs more than it gives.
+  bool fetches;
+  int q_parity = 1, parity[2] = {1, 1};  // of the emptiness that is waited for
+
+  __device__ DecodeLoader(const CUtensorMap* q, const CUtensorMap* kv, const DecodeCall& c)
+      : q_map(q), kv_map(kv), call(c), lane(int(threadIdx.x) & 31), tiles_a_page(c.kv.page_tokens / tile_tokens), fetches(gridDim.x > 2) {}
+
+  // Rows past the item's last may be other sequences': no row's result depends on another's.
+  __device__ void queries(const DecodeItem& item, int first) {
+    constexpr int rows = 16, bytes = rows * 128;
+    barrier_wait(&b.shared().q_empty, q_parity);
+    q_parity ^= 1;
+    const int boxes = (min(block_rows, max(0, item.rows - first)) + rows - 1) / rows * S::boxes;
+    if (lane == 0) barrier_expect(&b.shared().q_full, boxes * bytes);
+    __syncwarp();
+    for (int i = lane; i < boxes; i += 32) {
+      const int box = i % S::boxes, group = i / S::boxes;
+      copy_box(b.q() + box * box_bytes + group * bytes, q_map, &b.shared().q_full, box * 64, item.start * call.n_h + first + group * rows,
+               0);
+    }
+  }
+
+  __device__ void boxes(int tile, int from, int to, int y, int page) const {
+    for (int box = from; box < to; ++box) {
+      uint64_t* full = &b.shared().full[tile][box];
+      uint8_t* at = b.k(tile) + box * box_bytes;
+      barrier_expect(full, box_bytes);
+      copy_box(at, kv_map, full, box * 64, y, page);
+    }
+  }
+
+  // The second half of an odd tile is free and needed before its first; the box that held probabilities goes with the half that read it.
+  __device__ void even_tile(int y, int page) {
+    barrier_wait(&b.shared().empty[0][0], parity[0]);
+    boxes(0, 0, S::half_boxes, y, page);
+    barrier_wait(&b.shared().empty[0][1], parity[0]);
+    boxes(0, S::half_boxes, S::boxes, y, page);
+    parity[0] ^= 1;
+  }
+  __device__ void odd_tile(int y, int page) {
+    barrier_wait(&b.shared().empty[1][1], parity[1]);
+    boxes(1, S::half_boxes, S::value_boxes, y, page);
+    barrier_wait(&b.shared().empty[1][0], parity[1]);
+    boxes(1, 0, S::half_boxes, y, page);
+    boxes(1, S::value_boxes, S::boxes, y, page);
+    parity[1] ^= 1;
+  }
+
+  // Brings a tile into the second-level cache, with the other blocks that go through the same items.
+  __device__ void fetch(int y, int page) const {
+    const int row_bytes = call.kv.format.layout.d_k * 2, bytes = tile_tokens * row_bytes;
+    const std::byte* from = call.kv.base + page * call.kv.page_bytes + y * row_bytes;
+    constexpr int line = 128;
+    for (int at = (int(blockIdx.x) * 32 + lane) * line; at < bytes; at += int(gridDim.x) * 32 * line) prefetch_l2(from + at);
+  }
+
+  __device__ void fetch_pair(const DecodeItem& item, int t) const {
+    const int mine = t + lane < item.tile_end ? call.plan.pages[item.table + (t + lane) / tiles_a_page] : 0;
+    for (int i = 0; i < 2; ++i)
+      if (t + i < item.tile_end) fetch((t + i) % tiles_a_page * tile_tokens, __shfl_sync(~0u, mine, i));
+  }
+
+  // `first_page`: a part's first item has its first pages here, one a lane.
+  __device__ void tiles(const DecodeItem& item, bool has_first, int first_page) {
+    int pages = 0;
+    auto page_of = [&](int t) { return t < item.tile_end ? call.plan.pages[item.table + t / tiles_a_page] : 0; };
+    auto row_of = [&](int t) { return t % tiles_a_page * tile_tokens; };
+    for (int t = item.tile_begin; t < item.tile_end; ++t) {
+      const int at = (t - item.tile_begin) & 31;
+      if (at == 0) pages = page_of(t + lane);
+      const bool early = has_first && t - item.tile_begin < DecodePart::first_tiles;
+      const int page = early ? __shfl_sync(~0u, first_page, at) : __shfl_sync(~0u, pages, at);
+      if (lane == 0) {
+        if (at & 1)
+          odd_tile(row_of(t), page);
+        else
+          even_tile(row_of(t), page);
+      }
+      __syncwarp();
+      if (fetches && (at & 1)) fetch_pair(item, t + 1);
+    }
+  }
+};
+
+// A warpgroup's state and what it does with tiles.
+template <class S>
+struct DecodeGroup {
+  static constexpr DecodeBlock<S> b{};
+  int group, thread, warp, lane;  // of the warpgroup
+  int row;                        // this thread's rows are row and row + 8, its columns 8 i + 2 (lane % 4) + {0, 1}
+  uint32_t values_at;             // this warpgroup's columns, in bytes from a tile's first
+  int parity[2] = {0, 0};
+
+  __device__ explicit DecodeGroup(int group_) : group(group_) {
+    thread = int(threadIdx.x) & 127, warp = thread / 32, lane = thread & 31;
+    row = warp * 16 + lane / 4;
+    values_at = S::shared_box ? group * 64 : group * S::half_boxes * box_bytes;
+  }
+
+  __device__ void free(int tile, int half) const {
+    if (lane == 0) barrier_arrive(&b.shared().empty[tile][half]);
+  }
+
+  // s += Q Kᵀ over boxes [from, to)
+  __device__ void scores(float (&s)[32], int tile, int from, int to, bool first) const {
+#pragma unroll 1
+    for (int box = from; box < to; ++box) {  // rolled: a short kernel starts sooner from cold caches
+      barrier_wait(&b.shared().full[tile][box], parity[tile]);
+      wgmma_begin();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int offset = box * box_bytes + k * 32;
+        wgmma<false>(s, wgmma_operand(shared_address(b.q()) + offset), wgmma_operand(shared_address(b.k(tile)) + offset),
+                     !(first && box == from && k == 0));
+      }
+    }
+  }
+
+  // Tokens [16 k, 16 k + 16) of this warpgroup's columns of the values.
+  __device__ uint64_t value_operand(int tile, int k) const {
+    return wgmma_operand(shared_address(b.k(tile)) + values_at + k * 16 * 128, box_bytes);
+  }
+
+  // o += P V with P in registers, or in the last box of its tile.
+  __device__ void values(float (&o)[S::registers], const uint32_t (&p)[16], int tile) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) wgmma<true>(o, p + 4 * k, value_operand(tile, k), 1);
+  }
+  __device__ void values(float (&o)[S::registers], int tile) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) wgmma<true>(o, wgmma_operand(shared_address(b.probabilities(tile)) + k * 32), value_operand(tile, k), 1);
+  }
+
+  // Zeroes a tile's rows from `valid` on: what is there is not the sequence's, and 0 × NaN is NaN.
+  __device__ void clear(int tile, int valid) const {
+    if (valid >= tile_tokens) return;
+    for (int box = 0; box < S::boxes; ++box) barrier_wait(&b.shared().full[tile][box], parity[tile]);
+    for (int box = 0; box < S::boxes; ++box)
+      for (int i = valid * 8 + thread; i < tile_tokens * 8; i += 128) reinterpret_cast<uint4*>(b.k(tile) + box * box_bytes)[i] = uint4{};
+    publish_shared();
+    named_sync(tile == 0 ? even_cleared : odd_cleared, 128);
+  }
+
+  // Hands the probabilities and maxima of a tile to the other warpgroup.
+  __device__ void hand_over(const uint32_t (&p)[16], const float (&m)[2], int tile) const {
+    uint8_t* to = b.probabilities(tile) + (lane & 3) * 4;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int r = row + (i & 1) * 8, column = i / 4 * 2 + (i >> 1 & 1);  // in eights
+      *reinterpret_cast<uint32_t*>(to + r * 128 + ((column ^ r) & 7) * 16) = p[i];
+    }
+    if ((lane & 3) == 0) b.shared().m[tile][row] = m[0], b.shared().m[tile][row + 8] = m[1];
+    publish_shared();
+    named_arrive(tile == 0 ? even_handed_over : odd_handed_over, 256);
+  }
+
+  // Takes over the other warpgroup's maxima: what this one holds is brought to them.
+  __device__ void take_over(float (&o)[S::registers], float (&m)[2], float (&l)[2], int tile) const {
+    named_sync(tile == 0 ? even_handed_over : odd_handed_over, 256);
+    const float next[2] = {b.shared().m[tile][row], b.shared().m[tile][row + 8]};
+    const float factor[2] = {rescale(m[0], next[0]), rescale(m[1], next[1])};
+    m[0] = next[0], m[1] = next[1];
+    l[0] *= factor[0], l[1] *= factor[1];
+    scale_rows(o, factor);
+  }
+};
+
+// Tiles 0, 2, 4 … of an item; the first half of the values' columns. The scores of the next tile start behind the product with the odd one.
+template <class S>
+__device__ __forceinline__ void even_tiles(DecodeGroup<S>& g, const DecodeRows& rows, const DecodeItem& item, float (&o)[S::registers],
+                                           float (&m)[2], float (&l)[2]) {
+  float s[32], factor[2];
+  uint32_t p[16];
+  int t = item.tile_begin;
+  if (t == item.tile_end) return;
+  g.clear(0, item.kv_count - t * tile_tokens);
+  g.scores(s, 0, 0, S::boxes, true);
+  wgmma_commit();
+  wgmma_wait<0>();
+  while (true) {
+    g.parity[0] ^= 1;
+    softmax(s, rows, t * tile_tokens, m, l, factor, p);
+    g.hand_over(p, m, 0);
+    scale_rows(o, factor);
+    wgmma_begin();
+    g.values(o, p, 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    g.free(0, 0);
+    if (t + 1 == item.tile_end) return;
+    g.take_over(o, m, l, 1);
+    t += 2;
+    if (t >= item.tile_end) break;
+    wgmma_begin();
+    g.values(o, 1);
+    wgmma_commit();
+    g.clear(0, item.kv_count - t * tile_tokens);
+    g.scores(s, 0, 0, S::half_boxes, true);
+    wgmma_commit();
+    wgmma_wait<1>();
+    g.free(1, 0);
+    g.scores(s, 0, S::half_boxes, S::boxes, false);
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
+  wgmma_begin();
+  g.values(o, 1);
+  wgmma_commit();
+  wgmma_wait<0>();
+  g.free(1, 0);
+}
+
+// Tiles 1, 3, 5 …; the second half of the values' columns.
+template <class S>
+__device__ __forceinline__ void odd_tiles(DecodeGroup<S>& g, const DecodeRows& rows, const DecodeItem& item, float (&o)[S::registers],
+                                          float (&m)[2], float (&l)[2]) {
+  float s[32], factor[2];
+  uint32_t p[16];
+  int t = item.tile_begin;
+  for (; t + 1 < item.tile_end; t += 2) {
+    g.clear(1, item.kv_count - (t + 1) * tile_tokens);
+    g.scores(s, 1, S::half_boxes, S::value_boxes, true);
+    g.scores(s, 1, 0, S::half_boxes, S::shared_box);
+    g.scores(s, 1, S::value_boxes, S::boxes, false);
+    wgmma_commit();
+    wgmma_wait<0>();
+    g.parity[1] ^= 1;
+    g.take_over(o, m, l, 0);
+    wgmma_begin();
+    g.values(o, 0);
+    wgmma_commit();
+    softmax(s, rows, (t + 1) * tile_tokens, m, l, factor, p);
+    g.hand_over(p, m, 1);
+    wgmma_wait<0>();
+    g.free(0, 1);
+    if (S::shared_box) g.free(0, 0);
+    scale_rows(o, factor);
+    wgmma_begin();
+    g.values(o, p, 1);
+    wgmma_commit();
+    wgmma_wait<0>();
+    g.free(1, 1);
+    if (S::shared_box) g.free(1, 0);
+  }
+  if (t == item.tile_end) return;
+  g.take_over(o, m, l, 0);
+  wgmma_begin();
+  g.values(o, 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  g.free(0, 1);
+  if (S::shared_box) g.free(0, 0);
+}
+
+// A whole sequence's results: bf16 in 16-byte pieces, which the four lanes of a row exchange words for, or f32.
+template <class S>
+__device__ void store_whole(const DecodeGroup<S>& g, const DecodeCall& call, const DecodeItem& item, int first, float (&o)[S::registers],
+                            const float (&scale)[2]) {
+  const int t = g.lane & 3, column = g.group * S::columns;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first + g.row + 8 * i;
+    const int64_t at = (int64_t(item.start) * call.n_h + row) * S::values + column;
+    if (call.out_f32) {
+      auto* to = static_cast<float*>(call.o) + at + 2 * t;
+#pragma unroll
+      for (int j = 0; j < S::columns / 8; ++j)
+        if (row < item.rows) *reinterpret_cast<float2*>(to + 8 * j) = {o[4 * j + 2 * i] * scale[i], o[4 * j + 2 * i + 1] * scale[i]};
+      continue;
+    }
+    auto* to = static_cast<__nv_bfloat16*>(call.o) + at + 8 * t;
+#pragma unroll
+    for (int j = 0; j < S::columns / 8; j += 4) {
+      uint32_t word[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) word[k] = bf16_pair(o[4 * (j + k) + 2 * i] * scale[i], o[4 * (j + k) + 2 * i + 1] * scale[i]);
+      transpose_quad(word, t);
+      if (row < item.rows) *reinterpret_cast<uint4*>(to + 8 * j) = {word[0], word[1], word[2], word[3]};
+    }
+  }
+}
+
+// Sums the warpgroups' shares, divides and stores this warpgroup's half of the columns; pieces of a sequence as the registers hold them.
+template <class S>
+__device__ void store_rows(const DecodeGroup<S>& g, const DecodeArguments& a, const DecodeItem& item, int first, float (&o)[S::registers],
+                           const float (&m)[2], float (&l)[2]) {
+  float scale[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    l[i] = quad_sum(l[i]);
+    if ((g.lane & 3) == 0) g.b.shared().l[g.group][g.row + 8 * i] = l[i];
+  }
+  named_sync(sums_written, 256);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = g.row + 8 * i;
+    const float sum = g.b.shared().l[0][row] + g.b.shared().l[1][row], lse = sum > 0 ? m[i] + log2f(sum) : -INFINITY;
+    scale[i] = sum > 0 ? 1 / sum : 0;
+    if (g.group != 0 || (g.lane & 3) != 0 || first + row >= item.rows) continue;
+    if (item.slot < 0)
+      a.call.lse[int64_t(item.start) * a.call.n_h + first + row] = lse * ln_2;
+    else
+      a.partial.lse[int64_t(item.slot) * a.call.plan.row_blocks * block_rows + first + row] = lse;
+  }
+  if (item.slot < 0) return store_whole(g, a.call, item, first, o, scale);
+  if (first + g.warp * 16 >= item.rows) return;
+  auto* to = reinterpret_cast<float4*>(a.partial.o) + partial_at(a.call.plan, item.slot, first / block_rows, g.group, S::values) + g.thread;
+#pragma unroll
+  for (int j = 0; j < S::registers / 4; ++j)
+    to[j * 128] = {o[4 * j] * scale[0], o[4 * j + 1] * scale[0], o[4 * j + 2] * scale[1], o[4 * j + 3] * scale[1]};
+}
+
+template <class S>
+__device__ void init_barriers() {
+  constexpr DecodeBlock<S> b{};
+  if (shared_address(decode_memory) % 1024 != 0) __trap();  // swizzles count from there
+  for (int tile = 0; tile < 2; ++tile) {
+    for (int box = 0; box < S::boxes; ++box) barrier_init(&b.shared().full[tile][box], 1);
+    barrier_init(&b.shared().empty[tile][0], S::shared_box ? 8 : 4);
+    barrier_init(&b.shared().empty[tile][1], 4);
+  }
+  barrier_init(&b.shared().q_full, 1);
+  barrier_init(&b.shared().q_empty, 8);
+  barrier_init_done();
+}
+
+template <class S>
+__global__ void __launch_bounds__(decode_threads, 1)
+    decode_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap kv_map,
+                  const __grid_constant__ DecodeArguments a) {
+  static_assert(3 * S::tile_bytes + sizeof(DecodeShared<S>) <= S::shared_bytes);
+  constexpr DecodeBlock<S> b{};
+  const DecodePart& part = a.call.plan.parts[blockIdx.y];
+  const int first = int(blockIdx.x) * block_rows, lane = int(threadIdx.x) & 31;
+  const int first_page = lane < DecodePart::first_tiles ? part.page[lane] : 0;
+  DecodeItem item = part.first;
+  const int begin = part.begin, end = part.end;
+  if (threadIdx.x == 256) {
+    prefetch_map(&q_map);
+    prefetch_map(&kv_map);
+    init_barriers<S>();
+  }
+  __syncthreads();
+
+  const int group = __shfl_sync(~0u, int(threadIdx.x) / 128, 0);
+  if (group == 2) {
+    give_registers<56>();
+    const int warp = int(threadIdx.x) / 32 - 8;
+    DecodeLoader<S> loader(&q_map, &kv_map, a.call);
+    for (int i = begin; i < end && warp < 2; ++i) {
+      if (i > begin) item = a.call.plan.items[i];
+      if (first >= item.rows) continue;
+      if (warp == 0)
+        loader.tiles(item, i == begin, first_page);
+      else
+        loader.queries(item, first);
+    }
+  } else {
+    take_registers<224>();
+    DecodeGroup<S> g(group);
+    int q_parity = 0;
+    for (int i = begin; i < end; ++i) {
+      if (i > begin) item = a.call.plan.items[i];
+      if (first >= item.rows) continue;
+      const DecodeRows rows(item, first + g.row, a.call.n_h, lane, a.call.scale);
+      float o[S::registers], m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0};
+#pragma unroll
+      for (int j = 0; j < S::registers; ++j) o[j] = 0;
+      barrier_wait(&b.shared().q_full, q_parity);
+      q_parity ^= 1;
+      if (group == 0)
+        even_tiles(g, rows, item, o, m, l);
+      else
+        odd_tiles(g, rows, item, o, m, l);
+      if (lane == 0) barrier_arrive(&b.shared().q_empty);
+      if (a.start_merge && i + 1 == end) start_next_kernel();
+      store_rows(g, a, item, first, o, m, l);
+    }
+  }
+}
+
+}  // namespace mla::cuda

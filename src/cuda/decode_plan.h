@@ -1,0 +1,57 @@
+// Absorbed decode's work shared out over the multiprocessors: made on the host once a step, read by every layer's kernels.
+#pragma once
+
+#include "device/attention.h"
+
+#include <vector>
+
+namespace mla::cuda {
+
+constexpr int tile_tokens = 64;  // cache rows a kernel reads at a time
+constexpr int block_rows = 64;   // (query, head) pairs a thread block serves
+
+// A run of one sequence's tiles for one part of the multiprocessors.
+struct DecodeItem {
+  int32_t start, rows;  // first query in the batch; queries × heads
+  int32_t table;        // where the sequence's pages begin in `pages`
+  int32_t tile_begin, tile_end;
+  int32_t kv_count;  // rows the sequence has
+  int32_t limit;     // rows its first query sees; each later query sees one more
+  int32_t slot;      // of partial results, or -1 for a sequence in one piece
+};
+
+// What one part of the multiprocessors does: items [begin, end), the first repeated here with the pages of its first tiles, so that a
+// kernel starts after one read of memory.
+struct DecodePart {
+  static constexpr int first_tiles = 6;
+  DecodeItem first;
+  int32_t begin, end;
+  int32_t page[first_tiles];
+};
+
+// The pieces [slot, slot + pieces) of a sequence that was split.
+struct DecodeMerge {
+  int32_t start, rows;
+  int32_t slot, pieces;
+};
+
+struct DecodePlan {
+  int row_blocks = 1;              // blocks of 64 rows that the longest sequence of queries needs; all go through the same items
+  int slots = 0, most_pieces = 0;  // partial results; most of one sequence
+  int most_rows = 0;
+  std::vector<DecodePart> parts;
+  std::vector<DecodeItem> items;
+  std::vector<DecodeMerge> merges;
+  std::vector<int32_t> pages;
+};
+
+struct DecodeCosts {
+  int item = 2;          // what an item costs beside its tiles, in tiles: queries in, results out, partial results to merge
+  int fewest_tiles = 2;  // of a piece
+  int merge = 6;         // splitting at all
+};
+
+// Spans of a whole cache (kv_position 0 or a tile), causal or not, for n_h heads on `processors` multiprocessors.
+DecodePlan plan_decode(Spans spans, bool causal, int n_h, int page_tokens, int processors, DecodeCosts costs = {});
+
+}  // namespace mla::cuda

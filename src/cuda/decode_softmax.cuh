@@ -1,0 +1,129 @@
+// The pointwise parts of absorbed decode: masks, the running softmax, and where results go.
+#pragma once
+
+#include "cuda/decode.h"
+
+#include <cuda_bf16.h>
+
+namespace mla::cuda {
+
+constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
+
+// Results of pieces of sequences, normalised.
+struct DecodePartials {
+  float* o;    // [slots, row_blocks, 2 warpgroups, d_v / 16, 128 threads, 4]: rows r, r, r + 8, r + 8 and columns c, c + 1, c, c + 1
+  float* lse;  // [slots, row_blocks × 64], base 2
+};
+
+__host__ __device__ inline DecodePartials decode_partials(const DecodeCall& call, int d_v) {
+  auto* o = static_cast<float*>(call.scratch);
+  return {o, o + int64_t(call.plan.slots) * call.plan.row_blocks * block_rows * d_v};
+}
+// Where a warpgroup's part of a piece begins, in fours.
+__device__ inline int64_t partial_at(const DeviceDecodePlan& plan, int slot, int row_block, int group, int d_v) {
+  return ((int64_t(slot) * plan.row_blocks + row_block) * 2 + group) * (d_v / 16 * 128);
+}
+// Up to so many pieces are merged by a kernel that starts while the last of them are stored. With more, its blocks would crowd onto the
+// multiprocessors that are idle first.
+constexpr int few_pieces = 8;
+// Joins the partial results of split sequences.
+void merge_decode(const DecodeCall& call, DecodePartials partial, int d_v, cudaStream_t stream);
+
+__device__ inline uint32_t bf16_pair(float x, float y) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Of the words of four lanes, lane t gets every lane's word t.
+__device__ inline void transpose_quad(uint32_t (&x)[4], int t) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      const bool upper = t & bit;
+      const uint32_t got = __shfl_xor_sync(~0u, upper ? x[i] : x[i + bit], bit);
+      if (upper)
+        x[i] = got;
+      else
+        x[i + bit] = got;
+    }
+}
+
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// 2^x; less than 2^-126 is 0.
+__device__ inline float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// A thread's two rows, 8 apart, in a block's scores.
+struct DecodeRows {
+  int limit[2];      // rows of the cache each sees
+  int first_column;  // its columns are first_column + 8 i + {0, 1}
+  float scale_log2;
+
+  __device__ DecodeRows(const DecodeItem& item, int row, int n_h, int lane, float scale) {
+    for (int i = 0; i < 2; ++i) limit[i] = min(item.kv_count, item.limit + (row + 8 * i) / n_h);
+    first_column = (lane & 3) * 2;
+    scale_log2 = scale * log2_e;
+  }
+};
+
+__device__ inline float rescale(float from, float to) { return from == to ? 1.0f : fast_exp2(from - to); }
+
+// What sums refer to changes only where a score exceeds it by 2^8: f32 sums and bf16 probabilities are as exact below as at 1.
+constexpr float headroom_log2 = 8;
+
+// s, the scores of a tile that begins at cache row `token`, become probabilities p in bf16, as the rows of A in a product. m and l are the
+// rows' reference (base 2) and this thread's share of their sums; what was summed before must be multiplied by `factor`.
+__device__ inline void softmax(float (&s)[32], const DecodeRows& rows, int token, float (&m)[2], float (&l)[2], float (&factor)[2],
+                               uint32_t (&p)[16]) {
+  const int last = min(rows.limit[0], rows.limit[1]);
+  if (token + 64 > last) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i)
+      if (token + rows.first_column + i / 4 * 8 + (i & 1) >= rows.limit[i >> 1 & 1]) s[i] = -INFINITY;
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float top = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
+    top = quad_max(top) * rows.scale_log2;
+    const float next = top > m[r] + headroom_log2 ? top : m[r];
+    factor[r] = rescale(m[r], next);
+    m[r] = next;
+    const float base = next == -INFINITY ? 0 : next;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float x = fast_exp2(fmaf(s[4 * i + 2 * r], rows.scale_log2, -base));
+      const float y = fast_exp2(fmaf(s[4 * i + 2 * r + 1], rows.scale_log2, -base));
+      sum += x + y;
+      p[i / 2 * 4 + (i & 1) * 2 + r] = bf16_pair(x, y);
+    }
+    l[r] = l[r] * factor[r] + sum;
+  }
+}
+
+template <int N>
+__device__ inline void scale_rows(float (&o)[N], const float (&factor)[2]) {
+  if (!__any_sync(~0u, factor[0] != 1 || factor[1] != 1)) return;
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+    o[4 * i] *= factor[0], o[4 * i + 1] *= factor[0];
+    o[4 * i + 2] *= factor[1], o[4 * i + 3] *= factor[1];
+  }
+}
+
+}  // namespace mla::cuda

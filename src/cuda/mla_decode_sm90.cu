@@ -1,0 +1,52 @@
+// Absorbed MLA decode for Hopper: a block serves 64 (query, head) rows; each tile of 64 latents is loaded once, for scores and values
+// alike. docs/cuda-decode.md has the schedule.
+#include "cuda/decode.h"
+#include "cuda/decode_kernel.cuh"
+#include "cuda/error.h"
+#include "cuda/tensor_map.h"
+
+namespace mla::cuda {
+namespace {
+
+template <class S>
+void launch(const DecodeCall& call, cudaStream_t stream) {
+  const DeviceDecodePlan& plan = call.plan;
+  auto kernel = decode_kernel<S>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes));
+  const DecodeArguments a{call, decode_partials(call, S::values), plan.most_pieces <= few_pieces};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(plan.row_blocks), unsigned(plan.part_count));
+  config.blockDim = dim3(decode_threads);
+  config.dynamicSmemBytes = S::shared_bytes;
+  config.stream = stream;
+  check(
+      cudaLaunchKernelEx(&config, kernel, query_map(call.q, int64_t(call.n) * call.n_h, call.kv.format.layout.d_k), cache_map(call.kv), a));
+  if (plan.merges > 0) merge_decode(call, a.partial, S::values, stream);
+}
+
+struct Instance {
+  int d_k, d_v;  // at most d_k
+  void (*launch)(const DecodeCall&, cudaStream_t);
+};
+constexpr Instance instances[] = {
+    {576, 512, launch<DecodeShape<9, 512>>}, {192, 128, launch<DecodeShape<3, 128>>}, {128, 64, launch<DecodeShape<2, 64>>}};
+
+const Instance* find(const Kv& kv) {
+  const KvLayout& l = kv.format.layout;
+  if (kv.format.type != DType::bf16 || !l.v_in_k || l.heads != 1 || kv.page_tokens % tile_tokens != 0 || l.d_k % 8 != 0) return nullptr;
+  for (const Instance& i : instances)
+    if (l.d_v == i.d_v && l.d_k > i.d_v && l.d_k <= i.d_k) return &i;
+  return nullptr;
+}
+
+}  // namespace
+
+bool decode_sm90_takes(const Kv& kv) { return find(kv) != nullptr; }
+
+void decode_sm90(const DecodeCall& call, cudaStream_t stream) {
+  const Instance* instance = find(call.kv);
+  require(instance, "no Hopper kernel for this cache");
+  if (call.plan.part_count > 0) instance->launch(call, stream);
+}
+
+}  // namespace mla::cuda

@@ -1,0 +1,46 @@
+// Encodes tensor maps through the driver's entry point, so that nothing links the driver.
+#include "cuda/tensor_map.h"
+
+#include "core/check.h"
+#include "cuda/error.h"
+
+#include <cudaTypedefs.h>
+
+#include <array>
+
+namespace mla::cuda {
+namespace {
+
+PFN_cuTensorMapEncodeTiled_v12000 encoder() {
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found));
+  if (found != cudaDriverEntryPointSuccess) fail_input("the NVIDIA driver is too old for this GPU code; install one for CUDA 12 or later");
+  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
+}
+
+CUtensorMap encode(const void* base, std::array<cuuint64_t, 3> size, std::array<cuuint64_t, 2> stride, cuuint32_t box_rows) {
+  static const PFN_cuTensorMapEncodeTiled_v12000 driver = encoder();
+  const cuuint32_t box[] = {64, box_rows, 1}, step[] = {1, 1, 1};
+  CUtensorMap map;
+  const CUresult result = driver(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(base), size.data(), stride.data(), box, step,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled gave {} for rows of {} bytes, pages of {}", int(result), stride[0], stride[1]);
+  return map;
+}
+
+}  // namespace
+
+CUtensorMap cache_map(const Kv& kv) {
+  // The number of pages bounds nothing here: page numbers come from the cache itself.
+  return encode(kv.base, {cuuint64_t(kv.format.layout.d_k), cuuint64_t(kv.page_tokens), cuuint64_t(1) << 31},
+                {cuuint64_t(kv.format.row_bytes()), cuuint64_t(kv.page_bytes)}, 64);
+}
+
+CUtensorMap query_map(const void* q, int64_t rows, int columns) {
+  const auto row_bytes = cuuint64_t(columns) * 2;
+  return encode(q, {cuuint64_t(columns), cuuint64_t(rows), 1}, {row_bytes, row_bytes * cuuint64_t(rows)}, 16);
+}
+
+}  // namespace mla::cuda

@@ -1,0 +1,150 @@
+// Absorbed decode on the GPU against the double reference: ragged lengths, shuffled pages, NaN where no row is.
+#include "cuda/decode.h"
+#include "attention_ref.h"
+#include "core/random.h"
+#include "ref.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <numeric>
+
+namespace mla::cuda {
+namespace {
+
+struct Case {
+  const char* name;
+  int n_h, d_c, d_R;
+  int queries;  // of each sequence
+  std::vector<int> lengths;
+  int page_tokens = 64;
+  bool causal = true;
+  double spread = 1;  // of the scores
+};
+
+const std::vector<int> mixed = {0, 1, 63, 64, 65, 128, 200, 5, 577};
+
+const Case cases[] = {
+    {"lite", 16, 512, 64, 1, mixed},
+    {"v2", 128, 512, 64, 1, mixed},
+    {"v2_two_queries", 128, 512, 64, 2, {2, 66, 300, 129}},
+    {"three_queries", 17, 512, 64, 3, {3, 4, 66, 300, 1000}},
+    {"four_queries", 16, 512, 64, 4, {1, 4, 66, 300, 1000}},
+    {"one_head", 1, 512, 64, 1, {1000}},
+    {"many_pieces", 16, 512, 64, 1, {9000}},
+    {"three_row_blocks", 48, 512, 64, 4, {700, 90, 3}},
+    {"odd_heads", 100, 512, 64, 1, {700, 90}},
+    {"not_causal", 16, 512, 64, 4, {66, 300}, 64, false},
+    {"large_pages", 16, 512, 64, 1, {66, 300, 1000}, 256},
+    {"wide_scores", 16, 512, 64, 1, {500, 1500}, 64, true, 30},
+    {"d_c_128", 9, 128, 64, 1, mixed},
+    {"d_c_128_d_R_32", 9, 128, 32, 2, {2, 64, 300, 1000}},
+    {"d_c_64", 9, 64, 32, 1, mixed},
+    {"d_c_128_pairs", 128, 128, 64, 1, mixed},
+    {"d_c_64_d_R_64", 70, 64, 64, 1, {700, 90, 64}},
+};
+
+void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
+
+bool has_gpu(bool hopper) {
+  int count = 0;
+  cudaDeviceProp p{};
+  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0 || cudaGetDeviceProperties(&p, 0) != cudaSuccess) return false;
+  return !hopper || (p.major == 9 && p.minor == 0);
+}
+
+class Decode : public testing::TestWithParam<Case> {
+ protected:
+  // Fills cache and queries, runs `kernel` with a plan for `processors`, and compares.
+  void run(void (*kernel)(const DecodeCall&, cudaStream_t), int processors) {
+    const Case& c = GetParam();
+    const KvFormat format{KvLayout::mla(c.d_c, c.d_R), DType::bf16};
+    const int d_k = c.d_c + c.d_R, sequences = int(c.lengths.size());
+    auto pages_of = [&](int length) { return (length + c.page_tokens - 1) / c.page_tokens; };
+    const int pages = std::transform_reduce(c.lengths.begin(), c.lengths.end(), 3, std::plus<>(), pages_of);
+    std::vector<int32_t> order(static_cast<size_t>(pages));
+    std::iota(order.begin(), order.end(), 0);
+    for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_bits(1, i) % i]);
+
+    const int64_t page_bytes = c.page_tokens * format.row_bytes();
+    std::vector<uint16_t> cache(static_cast<size_t>(pages * page_bytes / 2), 0x7fff);  // NaN
+    const Kv host{format, reinterpret_cast<std::byte*>(cache.data()), page_bytes, c.page_tokens};
+    std::vector<Span> spans;
+    int next = 0;
+    for (int s = 0; s < sequences; ++s) {
+      const int length = c.lengths[size_t(s)];
+      spans.push_back({s * c.queries, c.queries, length - c.queries, 0, length, order.data() + next});
+      for (int j = 0; j < length; ++j) {
+        auto* row = reinterpret_cast<uint16_t*>(host.row(order[size_t(next + j / c.page_tokens)], j % c.page_tokens));
+        for (int i = 0; i < d_k; ++i) row[i] = f32_to_bf16(float(random_normal(uint64_t(7 + s), uint64_t(j) * 1024 + uint64_t(i))));
+      }
+      next += pages_of(length);
+    }
+    const int64_t n = int64_t(sequences) * c.queries, rows = n * c.n_h;
+    std::vector<float> q = ref::random_floats(rows * d_k, 3, c.spread);
+    std::vector<uint16_t> q_bf16(q.size());
+    for (size_t i = 0; i < q.size(); ++i) q_bf16[i] = f32_to_bf16(q[i]), q[i] = bf16_to_f32(q_bf16[i]);
+    const float scale = 1 / std::sqrt(float(d_k));
+    const auto expected = ref::attend(view(q.data(), DType::f32, {n, c.n_h, d_k}), host, spans, {c.causal, 0}, scale);
+
+    const DecodePlan plan = plan_decode(spans, c.causal, c.n_h, c.page_tokens, processors);
+    const UploadedPlan uploaded(plan, nullptr);
+    const GpuBuffer cache_gpu = upload<uint16_t>(cache), q_gpu = upload<uint16_t>(q_bf16);
+    const GpuBuffer scratch(decode_scratch_bytes(plan, c.d_c));
+    for (const bool f32 : {true, false}) {
+      const GpuBuffer o(size_t(rows * c.d_c) * 4), lse(size_t(rows) * 4);
+      for (const GpuBuffer* b : {&o, &lse, &scratch})
+        if (b->bytes() > 0) check(cudaMemset(b->data(), 0xff, b->bytes()));
+      const DecodeCall call{q_gpu.data(),
+                            int(n),
+                            {format, cache_gpu.data(), page_bytes, c.page_tokens},
+                            uploaded.view(),
+                            c.n_h,
+                            scale,
+                            f32,
+                            o.data(),
+                            reinterpret_cast<float*>(lse.data()),
+                            scratch.data()};
+      kernel(call, nullptr);
+      check(cudaDeviceSynchronize());
+      std::vector<float> got = f32 ? download<float>(o.data(), size_t(rows * c.d_c)) : std::vector<float>();
+      if (!f32)
+        for (const uint16_t x : download<uint16_t>(o.data(), size_t(rows * c.d_c))) got.push_back(bf16_to_f32(x));
+      const std::vector<float> sums = download<float>(lse.data(), size_t(rows));
+      double square = 0, worst = 0, error = 0;
+      for (size_t i = 0; i < got.size(); ++i) {
+        const double off = std::fabs(double(got[i]) - expected.o[i]);
+        ASSERT_FALSE(std::isnan(off)) << "element " << i << " of " << got.size();
+        worst = std::max(worst, off), error += off * off, square += expected.o[i] * expected.o[i];
+      }
+      EXPECT_LT(std::sqrt(error / square), 5e-3);
+      EXPECT_LT(worst / std::sqrt(square / double(got.size())), 0.1);
+      for (size_t i = 0; i < sums.size(); ++i) {
+        if (std::isinf(expected.lse[i]))
+          EXPECT_EQ(sums[i], -INFINITY) << i;
+        else
+          EXPECT_NEAR(sums[i], expected.lse[i], 1e-3 * (1 + std::fabs(expected.lse[i]))) << i;
+      }
+    }
+  }
+};
+
+TEST_P(Decode, HopperWholeSequences) {
+  if (!has_gpu(true)) GTEST_SKIP() << "no Hopper GPU here";
+  run(decode_sm90, 1);
+}
+
+TEST_P(Decode, HopperSplit) {
+  if (!has_gpu(true)) GTEST_SKIP() << "no Hopper GPU here";
+  for (const int processors : {7, 132}) run(decode_sm90, processors);
+}
+
+TEST_P(Decode, Portable) {
+  if (!has_gpu(false)) GTEST_SKIP() << "no GPU here";
+  run(decode_portable, 1);
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, Decode, testing::ValuesIn(cases), [](const auto& info) { return std::string(info.param.name); });
+
+}  // namespace
+}  // namespace mla::cuda
