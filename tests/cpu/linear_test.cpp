@@ -8,7 +8,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-
 #include <cstring>
 #include <limits>
 
@@ -304,7 +303,9 @@ TEST(Isa, is_forced_by_the_environment) {
   const auto list = available_kernels();
   const Kernels* chosen = &choose_kernels();
   EXPECT_NE(std::find(list.begin(), list.end(), chosen), list.end());
-  if (chosen != list.back()) EXPECT_STREQ(list.back()->name, "avx512_bf16");
+  if (chosen != list.back()) {
+    EXPECT_STREQ(list.back()->name, "avx512_bf16");
+  }
 }
 
 TEST(Probe, finds_every_ceiling) {
