@@ -12,6 +12,7 @@
 #include <fstream>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 
 namespace mla {
@@ -62,6 +63,42 @@ uint64_t one_dimension(std::string_view shape, const std::string& what) {
   return n;
 }
 
+// "3, 4": the two dimensions.
+std::pair<int64_t, int64_t> two_dimensions(std::string_view shape, const std::string& what) {
+  int64_t rows = 0, cols = 0;
+  const char* end = shape.data() + shape.size();
+  const auto [comma, error] = std::from_chars(shape.data(), end, rows);
+  const char* second = comma;
+  while (second < end && (*second == ',' || *second == ' ')) ++second;
+  const auto [rest, error2] = std::from_chars(second, end, cols);
+  if (error != std::errc{} || error2 != std::errc{} || second == comma || rest != end || rows < 1 || cols < 1)
+    fail_input("{} has the shape ({}); a matrix has two dimensions, each at least 1", what, shape);
+  return {rows, cols};
+}
+
+template <class Stored>
+double number_at(const std::byte* data, uint64_t i) {
+  Stored x;
+  std::memcpy(&x, data + i * sizeof x, sizeof x);
+  if constexpr (std::is_same_v<Stored, uint16_t>)
+    return double(f16_to_f32(x));
+  else
+    return double(x);
+}
+
+template <class Stored>
+std::vector<double> read_matrix_as(const Header& header, int64_t rows, int64_t cols, const std::string& what) {
+  const auto bytes = uint64_t(header.data.size());
+  uint64_t n = 0;
+  if (__builtin_mul_overflow(uint64_t(rows), uint64_t(cols), &n) || bytes % sizeof(Stored) != 0 || n != bytes / sizeof(Stored))
+    fail_input("{} claims [{}, {}] numbers of {} bytes, but holds {} bytes", what, rows, cols, sizeof(Stored), bytes);
+  std::vector<double> values(n);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j)
+      values[size_t(i * cols + j)] = number_at<Stored>(header.data.data(), uint64_t(header.fortran ? j * rows + i : i * cols + j));
+  return values;
+}
+
 template <class Stored>
 std::vector<int32_t> read_as(std::span<const std::byte> data, uint64_t n, const std::string& what) {
   if (n != data.size() / sizeof(Stored) || data.size() % sizeof(Stored) != 0)
@@ -108,6 +145,17 @@ std::vector<int32_t> read_npy_ids(const fs::path& path) {
   if (header.type == "<u2") return read_as<uint16_t>(header.data, n, what);
   if (header.type == "<u4") return read_as<uint32_t>(header.data, n, what);
   fail_input("{} holds numbers of type {}; ids are <i4, <i8, <u2 or <u4", what, header.type);
+}
+
+NpyMatrix read_npy_matrix(const fs::path& path) {
+  const std::string what = path.string();
+  const MappedFile file(path);
+  const Header header = parse_header(file, what);
+  const auto [rows, cols] = two_dimensions(header.shape, what);
+  if (header.type == "<f4") return {rows, cols, read_matrix_as<float>(header, rows, cols, what)};
+  if (header.type == "<f8") return {rows, cols, read_matrix_as<double>(header, rows, cols, what)};
+  if (header.type == "<f2") return {rows, cols, read_matrix_as<uint16_t>(header, rows, cols, what)};
+  fail_input("{} holds numbers of type {}; a matrix is <f4, <f8 or <f2", what, header.type);
 }
 
 void write_npy(const fs::path& path, std::span<const float> values, int64_t rows, int64_t cols) {

@@ -7,8 +7,8 @@
 namespace mla::test {
 namespace {
 
-const std::vector<std::string> commands{"run",      "chat", "eval",     "inspect", "compare", "bench",
-                                        "quantize", "init", "tokenize", "logits",  "doctor"};
+const std::vector<std::string> commands{"run",      "chat", "eval",    "inspect",  "compare", "bench",
+                                        "quantize", "init", "lowrank", "tokenize", "logits",  "doctor"};
 
 std::string path(const std::string& name) { return (scratch() / name).string(); }
 std::string model(const std::string& name) { return golden(name).string(); }
@@ -415,6 +415,43 @@ TEST(Chat, AFullContextIsSaidAndSurvived) {
   EXPECT_EQ(o.code, 0);
   EXPECT_NE(o.err.find("The context is full"), std::string::npos) << o.err;
   EXPECT_NE(o.err.find("0 messages"), std::string::npos) << o.err;
+}
+
+TEST(LowRank, ComparesTheMethodsOnAMatrix) {
+  std::vector<float> values;
+  for (int i = 0; i < 12; ++i)
+    for (int j = 0; j < 9; ++j) values.push_back(float(1.0 / (1 + i + j) + (i == j ? 2.0 : 0.0) / (1 + i)));
+  write_floats(path("matrix.npy"), values, 12, 9);
+  const Outcome o = run({"lowrank", path("matrix.npy"), "--rank", "3", "--svg", path("lowrank.svg"), "--json"});
+  ASSERT_EQ(o.code, 0) << o.err;
+  const Json json = o.json();
+  EXPECT_EQ(json["shape"], Json({12, 9}));
+  EXPECT_EQ(json["rank"], 3);
+  ASSERT_EQ(json["singular_values"].size(), 9U);
+  double tail = 0, all = 0;
+  for (size_t i = 0; i < 9; ++i) {
+    const auto s = json["singular_values"][i].get<double>();
+    all += s * s;
+    if (i >= 3) tail += s * s;
+  }
+  ASSERT_EQ(json["methods"].size(), 4U);
+  for (const Json& method : json["methods"]) EXPECT_GE(method["error"].get<double>(), std::sqrt(tail / all) * (1 - 1e-6)) << method;
+  EXPECT_EQ(json["methods"][0]["method"], "svd");
+  EXPECT_NEAR(json["methods"][0]["error"].get<double>(), std::sqrt(tail / all), 1e-6);
+  EXPECT_NE(read_text(path("lowrank.svg")).find("<svg"), std::string::npos);
+
+  const Outcome table = run({"lowrank", path("matrix.npy"), "--rank", "9"});
+  ASSERT_EQ(table.code, 0) << table.err;
+  for (const char* method : {"svd", "qr", "rsvd", "cur"}) EXPECT_NE(table.out.find(std::string("\n  ") + method), std::string::npos);
+}
+
+TEST(LowRank, TakesTensorsOfSafetensorsAndModels) {
+  const std::string file = (golden("llama3") / "model.safetensors").string();
+  const Outcome raw = run({"lowrank", file, "--tensor", "model.layers.0.self_attn.q_proj.weight", "--rank", "4", "--json"});
+  ASSERT_EQ(raw.code, 0) << raw.err;
+  const Outcome ours = run({"lowrank", model("llama3"), "--tensor", "layers.0.attn.q", "--rank", "4", "--json"});
+  ASSERT_EQ(ours.code, 0) << ours.err;
+  EXPECT_EQ(raw.json()["singular_values"], ours.json()["singular_values"]);
 }
 
 }  // namespace

@@ -131,13 +131,21 @@ std::string read_text(const fs::path& path) {
   return {std::istreambuf_iterator<char>(in), {}};
 }
 
-void write_ids(const fs::path& path, const std::vector<int32_t>& ids) {
-  std::string header = "{'descr': '<i4', 'fortran_order': False, 'shape': (" + std::to_string(ids.size()) + ",), }";
+namespace {
+std::string npy_of(const char* type, const std::string& shape, const void* data, size_t bytes) {
+  std::string header = std::string("{'descr': '") + type + "', 'fortran_order': False, 'shape': (" + shape + "), }";
   header.resize(118, ' ');
   header.back() = '\n';
-  std::string bytes = std::string("\x93NUMPY\x01\x00\x76\x00", 10) + header;
-  bytes.append(reinterpret_cast<const char*>(ids.data()), ids.size() * 4);
-  write_text(path, bytes);
+  return std::string("\x93NUMPY\x01\x00\x76\x00", 10) + header + std::string(static_cast<const char*>(data), bytes);
+}
+}  // namespace
+
+void write_ids(const fs::path& path, const std::vector<int32_t>& ids) {
+  write_text(path, npy_of("<i4", std::to_string(ids.size()) + ",", ids.data(), ids.size() * 4));
+}
+
+void write_floats(const fs::path& path, const std::vector<float>& values, int64_t rows, int64_t cols) {
+  write_text(path, npy_of("<f4", std::to_string(rows) + ", " + std::to_string(cols), values.data(), values.size() * 4));
 }
 
 namespace {

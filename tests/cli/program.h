@@ -42,8 +42,9 @@ std::string small_model();
 std::string deep_model();
 constexpr int deep_layers = 200;
 
-void write_ids(const fs::path& path, const std::vector<int32_t>& ids);               // .npy, i4
-std::vector<float> read_floats(const fs::path& path, int64_t& rows, int64_t& cols);  // .npy, f4
+void write_ids(const fs::path& path, const std::vector<int32_t>& ids);                                  // .npy, i4
+void write_floats(const fs::path& path, const std::vector<float>& values, int64_t rows, int64_t cols);  // .npy, f4
+std::vector<float> read_floats(const fs::path& path, int64_t& rows, int64_t& cols);                     // .npy, f4
 std::vector<int32_t> read_ids(const fs::path& path);
 void write_text(const fs::path& path, const std::string& text);
 std::string read_text(const fs::path& path);

@@ -3,6 +3,8 @@
 
 #include <sys/stat.h>
 
+#include <cmath>
+
 namespace mla::test {
 namespace {
 
@@ -156,6 +158,22 @@ TEST_F(WrongInput, Doctor) {
   refused({"doctor", "--device", "cuda:9"}, "CUDA");
   refused({"doctor", "--threads", "-1"}, "--threads is -1");
   refused({"doctor", model(), "extra"}, "extra");
+}
+
+TEST_F(WrongInput, LowRank) {
+  write_floats(path("matrix.npy"), std::vector<float>(12, 1.0F), 3, 4);
+  write_floats(path("nan.npy"), {1, 2, std::nanf(""), 4}, 2, 2);
+  expect_refused({"lowrank", path("matrix.npy")}, {"--rank is missing"});
+  expect_refused({"lowrank", path("matrix.npy"), "--rank", "0"}, {"--rank is 0", "1 to 3"});
+  expect_refused({"lowrank", path("matrix.npy"), "--rank", "4"}, {"--rank is 4", "[3, 4]"});
+  expect_refused({"lowrank", path("matrix.npy"), "--rank", "1", "--tensor", "w"}, {"--tensor is \"w\"", "one matrix"});
+  expect_refused({"lowrank", path("nan.npy"), "--rank", "1"}, {"nan at [1, 0]"});
+  expect_refused({"lowrank", path("ids.npy"), "--rank", "1"}, {"shape"});
+  expect_refused({"lowrank", path("not.npy"), "--rank", "1"}, {"not a .npy file"});
+  expect_refused({"lowrank", model(), "--rank", "1"}, {"--tensor is missing"});
+  expect_refused({"lowrank", model(), "--rank", "1", "--tensor", "layers.0.attn.x"}, {"layers.0.attn.x"});
+  expect_refused({"lowrank", (golden("llama3") / "model.safetensors").string(), "--rank", "1", "--tensor", "x"}, {"no matrix \"x\""});
+  expect_refused({"lowrank", path("matrix.npy"), "--rank", "1", "--svg", "no/such/folder/x.svg"}, {"--svg", "no folder"});
 }
 
 }  // namespace

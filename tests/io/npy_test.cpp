@@ -2,6 +2,7 @@
 #include "io/npy.h"
 
 #include "bytes.h"
+#include "core/dtype.h"
 
 namespace mla::test {
 namespace {
@@ -49,6 +50,33 @@ TEST(Npy, a_place_that_cannot_be_written_is_an_error) {
   Folder folder;
   const float value = 1;
   EXPECT_THROW(write_npy(folder.path() / "absent" / "x.npy", {&value, 1}, 1, 1), Error);
+}
+
+TEST(Npy, reads_matrices_of_every_precision_and_order) {
+  Folder folder;
+  auto matrix = [&](const std::string& bytes) { return read_npy_matrix(folder.write("m.npy", bytes)); };
+  const std::vector<double> wanted{1, 2, 3, 4, 5, 6};
+  std::string f4, f8, f2, columns;
+  for (int i = 1; i <= 6; ++i) f4 += raw(float(i)), f8 += raw(double(i)), f2 += raw(f32_to_f16(float(i)));
+  for (int i : {1, 4, 2, 5, 3, 6}) columns += raw(float(i));
+  for (const auto& [type, data] : {std::pair("<f4", f4), {"<f8", f8}, {"<f2", f2}}) {
+    const NpyMatrix m = matrix(npy(dict(type, "2, 3"), data));
+    EXPECT_EQ(m.rows, 2);
+    EXPECT_EQ(m.cols, 3);
+    EXPECT_EQ(m.values, wanted) << type;
+  }
+  EXPECT_EQ(matrix(npy("{'descr': '<f4', 'fortran_order': True, 'shape': (2, 3), }\n", columns)).values, wanted);
+}
+
+TEST(NpyHostile, matrices_that_are_none) {
+  Folder folder;
+  auto refused = [&](const std::string& bytes) { EXPECT_THROW(read_npy_matrix(folder.write("m.npy", bytes)), Error) << bytes; };
+  refused(npy(dict("<f4", "6,"), std::string(24, 0)));
+  refused(npy(dict("<f4", "2, 3, 1"), std::string(24, 0)));
+  refused(npy(dict("<f4", "-2, -3"), std::string(24, 0)));
+  refused(npy(dict("<f4", "2, 4"), std::string(24, 0)));
+  refused(npy(dict("<f4", "4294967296, 4294967296"), ""));
+  refused(npy(dict("<i4", "2, 3"), std::string(24, 0)));
 }
 
 TEST(NpyHostile, broken_files) {

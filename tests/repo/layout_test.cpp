@@ -21,8 +21,15 @@ const fs::path root = fs::path(MLA_TEST_DATA).parent_path().parent_path();
 // The rooms of src and whose headers each may see, itself aside. Models never name a device's room: make_cpu and make_cuda are
 // declared in device/device.h.
 const std::map<std::string, Rooms> may_include = {
-    {"core", {}},     {"device", {"core"}}, {"cpu", {"core", "device"}},         {"cuda", {"core", "device"}},
-    {"io", {"core"}}, {"text", {"core"}},   {"model", {"core", "device", "io"}}, {"cli", {"core", "device", "io", "text", "model"}},
+    {"core", {}},
+    {"device", {"core"}},
+    {"cpu", {"core", "device"}},
+    {"cuda", {"core", "device"}},
+    {"io", {"core"}},
+    {"text", {"core"}},
+    {"model", {"core", "device", "io"}},
+    {"lowrank", {"core", "device", "io", "model"}},
+    {"cli", {"core", "device", "io", "text", "model", "lowrank"}},
 };
 
 std::string read(const fs::path& file) {
