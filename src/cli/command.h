@@ -22,6 +22,7 @@ void add_bench(CLI::App& program, Work& work);
 void add_quantize(CLI::App& program, Work& work);
 void add_init(CLI::App& program, Work& work);
 void add_lowrank(CLI::App& program, Work& work);
+void add_convert(CLI::App& program, Work& work);
 void add_tokenize(CLI::App& program, Work& work);
 void add_logits(CLI::App& program, Work& work);
 void add_doctor(CLI::App& program, Work& work);

@@ -4,6 +4,7 @@
 #include "cli/help.h"
 #include "cli/interrupt.h"
 #include "cli/progress.h"
+#include "cli/score.h"
 #include "cli/session.h"
 #include "core/check.h"
 #include "core/threads.h"
@@ -24,15 +25,6 @@ struct EvalOptions {
   int64_t window = 1024, stride = 0, windows = 0;
   bool json = false;
 };
-
-// -log p(next) under one row of logits, in double: log Σ exp(x - max) + max - x[next].
-double negative_log_likelihood(std::span<const float> logits, int32_t next) {
-  float best = logits[0];
-  for (float x : logits) best = std::max(best, x);
-  double sum = 0;
-  for (float x : logits) sum += std::exp(double(x) - best);
-  return std::log(sum) + best - double(logits[size_t(next)]);
-}
 
 struct Score {
   double nll = 0;  // summed

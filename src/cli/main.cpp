@@ -39,8 +39,8 @@ int run(int argc, char** argv) {
   CLI::App program("Runs DeepSeek-V2 and LLaMA-like language models, keeping only latents in the cache.");
   Work work;
   prepare_help(program);
-  for (auto add : {add_run, add_chat, add_eval, add_inspect, add_compare, add_bench, add_quantize, add_init, add_lowrank, add_tokenize,
-                   add_logits, add_doctor})
+  for (auto add : {add_run, add_chat, add_eval, add_inspect, add_compare, add_bench, add_quantize, add_init, add_convert, add_lowrank,
+                   add_tokenize, add_logits, add_doctor})
     add(program, work);
   try {
     program.parse(argc, argv);

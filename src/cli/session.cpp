@@ -40,25 +40,6 @@ int32_t id_of(const Json& metadata, const char* key) {
   return id >= 0 && id < INT32_MAX ? int32_t(id) : -1;
 }
 
-Tokenizer gguf_tokenizer(const Checkpoint& checkpoint) {
-  const Json& m = checkpoint.metadata();
-  Tokenizer::GgufVocabulary v;
-  v.model = text_of(m, "tokenizer.ggml.model");
-  v.pre = text_of(m, "tokenizer.ggml.pre");
-  v.tokens = checkpoint.strings("tokenizer.ggml.tokens");
-  v.merges = checkpoint.strings("tokenizer.ggml.merges");
-  v.scores = checkpoint.floats("tokenizer.ggml.scores");
-  v.types = checkpoint.ints("tokenizer.ggml.token_type");
-  v.bos = id_of(m, "tokenizer.ggml.bos_token_id");
-  v.eos = id_of(m, "tokenizer.ggml.eos_token_id");
-  v.unknown = id_of(m, "tokenizer.ggml.unknown_token_id");
-  v.add_bos = flag_of(m, "tokenizer.ggml.add_bos_token");
-  v.add_eos = flag_of(m, "tokenizer.ggml.add_eos_token");
-  v.add_space_prefix = flag_of(m, "tokenizer.ggml.add_space_prefix");
-  v.chat_template = text_of(m, "tokenizer.chat_template");
-  return Tokenizer::from_gguf(std::move(v));
-}
-
 // Complains about options before anything is loaded.
 const ModelOptions& checked(const ModelOptions& options) {
   options.kv_type();
@@ -78,10 +59,29 @@ std::unique_ptr<Model> load(const Checkpoint& checkpoint, Device& device) {
 
 }  // namespace
 
+Tokenizer::GgufVocabulary gguf_vocabulary(const Checkpoint& checkpoint) {
+  const Json& m = checkpoint.metadata();
+  Tokenizer::GgufVocabulary v;
+  v.model = text_of(m, "tokenizer.ggml.model");
+  v.pre = text_of(m, "tokenizer.ggml.pre");
+  v.tokens = checkpoint.strings("tokenizer.ggml.tokens");
+  v.merges = checkpoint.strings("tokenizer.ggml.merges");
+  v.scores = checkpoint.floats("tokenizer.ggml.scores");
+  v.types = checkpoint.ints("tokenizer.ggml.token_type");
+  v.bos = id_of(m, "tokenizer.ggml.bos_token_id");
+  v.eos = id_of(m, "tokenizer.ggml.eos_token_id");
+  v.unknown = id_of(m, "tokenizer.ggml.unknown_token_id");
+  v.add_bos = flag_of(m, "tokenizer.ggml.add_bos_token");
+  v.add_eos = flag_of(m, "tokenizer.ggml.add_eos_token");
+  v.add_space_prefix = flag_of(m, "tokenizer.ggml.add_space_prefix");
+  v.chat_template = text_of(m, "tokenizer.chat_template");
+  return v;
+}
+
 std::optional<Tokenizer> open_tokenizer(const Checkpoint& checkpoint) {
   if (checkpoint.format() == Format::gguf) {
     if (!checkpoint.metadata().contains("tokenizer.ggml.model")) return std::nullopt;
-    return gguf_tokenizer(checkpoint);
+    return Tokenizer::from_gguf(gguf_vocabulary(checkpoint));
   }
   const auto vocabulary = checkpoint.text("tokenizer.json");
   if (!vocabulary) return std::nullopt;

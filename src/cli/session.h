@@ -17,6 +17,8 @@ namespace mla {
 // The tokenizer a checkpoint brings; nothing when it brings none.
 std::optional<Tokenizer> open_tokenizer(const Checkpoint& checkpoint);
 
+Tokenizer::GgufVocabulary gguf_vocabulary(const Checkpoint& checkpoint);  // as its metadata say
+
 class Session {
  public:
   explicit Session(const ModelOptions& options);  // loads, with a progress bar

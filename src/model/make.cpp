@@ -240,6 +240,29 @@ Made export_hf(const Checkpoint& checkpoint, const fs::path& folder, DType type,
   return summary(plans, std::move(notes));
 }
 
+Made export_hf(const Checkpoint& checkpoint, const Replacement& instead, const fs::path& folder, DType type, Threads& threads,
+               const Progress& progress) {
+  check_hf_type(type);
+  std::vector<std::string> notes, biases;
+  for (const auto& [name, values] : instead.tensors)
+    if (name.ends_with(".bias")) biases.push_back(name);
+  const std::vector<TensorPlan> plans = plan_tensors(instead.config, Format::hf, type, biases, notes);
+  json hf = to_hf_config(instead.config);
+  hf["torch_dtype"] = type == DType::f32 ? "float32" : type == DType::f16 ? "float16" : "bfloat16";
+  const OpenTensor theirs = from_checkpoint(checkpoint, instead.config, instead.config.is_mla());
+  const OpenTensor open = [&](const TensorPlan& plan) -> EncodeRow {
+    const auto found = instead.tensors.find(plan.name);
+    if (found == instead.tensors.end()) return theirs(plan);
+    const int64_t cols = plan.shape.back();
+    CHECK(int64_t(found->second.size()) == rows_of(plan) * cols, "{} has {} values", plan.name, found->second.size());
+    return
+        [&values = found->second, cols, type](int64_t row, float*, std::byte* to) { quantise(type, values.data() + row * cols, to, cols); };
+  };
+  const auto writer = write_hf(folder, hf, plans, instead.files);
+  write_tensors(*writer, plans, open, threads, progress);
+  return summary(plans, std::move(notes));
+}
+
 Config read_config_file(const fs::path& path) {
   const fs::path file = fs::is_directory(path) ? path / "config.json" : path;
   std::error_code error;

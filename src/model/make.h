@@ -1,10 +1,12 @@
 // Making model files: random checkpoints of any shape, quantised GGUF files, HF folders. The work behind `mla init` and `mla quantize`.
 #pragma once
 
+#include "io/writer.h"
 #include "model/model.h"
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -32,6 +34,16 @@ Made quantize_model(const Checkpoint& checkpoint, const std::filesystem::path& o
 
 // An HF folder of the model, f32, f16 or bf16. An HF source's tokenizer files go with it; a GGUF's vocabulary does not.
 Made export_hf(const Checkpoint& checkpoint, const std::filesystem::path& folder, DType type, Threads& threads,
+               const Progress& progress = {});
+
+// What a folder has instead of the checkpoint's own: the configuration, tensors under our names, the files beside them.
+struct Replacement {
+  Config config;
+  std::map<std::string, std::vector<float>> tensors;
+  std::vector<SideFile> files;
+};
+// An HF folder of a model that shares with the checkpoint what `instead` does not name.
+Made export_hf(const Checkpoint& checkpoint, const Replacement& instead, const std::filesystem::path& folder, DType type, Threads& threads,
                const Progress& progress = {});
 
 // Reads a config.json, or the one in a folder.

@@ -40,6 +40,28 @@ void check_tokens(const Chunk& chunk, int64_t vocabulary) {
     if (id < 0 || id >= vocabulary) fail_input("token id {} is outside the vocabulary of {}", id, vocabulary);
 }
 
+int64_t wanted_rows(std::span<const Chunk> chunks) {
+  int64_t rows = 0;
+  for (const Chunk& chunk : chunks)
+    rows += chunk.logits == Chunk::Logits::all ? int64_t(chunk.tokens.size()) : chunk.logits == Chunk::Logits::last;
+  return rows;
+}
+
+// The rows of x that the chunks want logits of, in order. [rows, D]
+Tensor gather_wanted(Step& s, std::span<const Chunk> chunks, Tensor x) {
+  Tensor wanted = s.arena.tensor(DType::f32, {wanted_rows(chunks), x.shape[1]});
+  int64_t to = 0;
+  for (size_t i = 0; i < chunks.size(); ++i) {
+    if (chunks[i].logits == Chunk::Logits::none) continue;
+    const int64_t n = chunks[i].logits == Chunk::Logits::all ? s.spans[i].count : 1;
+    s.device.copy(slice(x, 0, s.spans[i].start + s.spans[i].count - n, n), slice(wanted, 0, to, n));
+    to += n;
+  }
+  return wanted;
+}
+
+}  // namespace
+
 void feed_forward(Step& s, const Layer& layer, Tensor x) {
   const Config& c = s.config;
   ArenaScope scope(s.arena);
@@ -62,28 +84,6 @@ void feed_forward(Step& s, const Layer& layer, Tensor x) {
   if (moe.shared.gate) s.device.ffn(h, moe.shared, nullptr, x);
   s.device.ffn(h, moe.experts, &routing, x);
 }
-
-int64_t wanted_rows(std::span<const Chunk> chunks) {
-  int64_t rows = 0;
-  for (const Chunk& chunk : chunks)
-    rows += chunk.logits == Chunk::Logits::all ? int64_t(chunk.tokens.size()) : chunk.logits == Chunk::Logits::last;
-  return rows;
-}
-
-// The rows of x that the chunks want logits of, in order. [rows, D]
-Tensor gather_wanted(Step& s, std::span<const Chunk> chunks, Tensor x) {
-  Tensor wanted = s.arena.tensor(DType::f32, {wanted_rows(chunks), x.shape[1]});
-  int64_t to = 0;
-  for (size_t i = 0; i < chunks.size(); ++i) {
-    if (chunks[i].logits == Chunk::Logits::none) continue;
-    const int64_t n = chunks[i].logits == Chunk::Logits::all ? s.spans[i].count : 1;
-    s.device.copy(slice(x, 0, s.spans[i].start + s.spans[i].count - n, n), slice(wanted, 0, to, n));
-    to += n;
-  }
-  return wanted;
-}
-
-}  // namespace
 
 Model::Model(const Checkpoint& checkpoint, Device& device, const Progress& progress)
     : config_(read_config(checkpoint)), device_(&device), weights_(load_weights(checkpoint, config_, device, progress)) {

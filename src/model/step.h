@@ -25,6 +25,8 @@ struct Step {
 // x [n, D] += attention(x), and the tokens' rows enter the cache.
 void attend_mla(Step& step, int layer, const MlaWeights& w, Tensor x);
 void attend_gqa(Step& step, int layer, const GqaWeights& w, Tensor x);
+// x [n, D] += ffn(norm(x))
+void feed_forward(Step& step, const Layer& layer, Tensor x);
 
 // True if n new tokens on a context of T are cheaper in the latent space: n·T·2(2d_c + d_R) + n·2d_c(d_h + d_v) operations a head
 // against n·T·2(d_h + d_R + d_v) + T·2d_c(d_h + d_v) with keys and values formed.

@@ -1,0 +1,44 @@
+// A whole model of grouped-query attention as one of multi-head latent attention, calibrated on text.
+#pragma once
+
+#include "lowrank/gqa_to_mla.h"
+#include "model/model.h"
+
+#include <map>
+#include <span>
+#include <string>
+
+namespace mla {
+
+class Checkpoint;
+
+enum class Refit : uint8_t { none, layer, drift };  // W_O to: nothing, this layer's own output, what the original's stream has after it
+
+struct ConvertOptions {
+  LayerOptions layer;
+  bool sequential = true;                      // each layer is calibrated on the already converted ones
+  Refit refit = Refit::drift;                  // of W_O, by ridge regression
+  bool refit_down = true;                      // of W_down too, to the original's stream after the layer
+  double output_ridge = 1e-2, down_ridge = 1;  // of the mean diagonal
+  DType type = DType::bf16;  // of the checkpoint that is made; weights are rounded to it before the layers after them see them
+
+  int64_t window = 512;           // tokens of a window of calibration
+  int64_t constant_windows = 16;  // windows that the constants are taken from
+};
+
+// What differs from the original checkpoint: tensors under our names, rounded to `type`.
+struct Converted {
+  Config config;
+  std::map<std::string, std::vector<float>> tensors;
+};
+
+// Raises Error, before any work, for a model that cannot be converted or options that do not fit it.
+void check_convertible(const Checkpoint& checkpoint, const Config& config, const ConvertOptions& options);
+// The configuration of what a conversion makes.
+Config converted_config(const Config& config, const ConvertOptions& options);
+
+// `tokens`: at least one window of text; a last, shorter window is left out. `progress` may throw, which ends the work.
+Converted convert(const Checkpoint& checkpoint, std::span<const int32_t> tokens, const ConvertOptions& options, Device& device,
+                  const Progress& progress = {});
+
+}  // namespace mla

@@ -1,0 +1,288 @@
+// Rotations across heads, the constants of channels that lose their rotation, the joint factorisation in its metric, the neutral norm.
+#include "lowrank/gqa_to_mla.h"
+
+#include "core/check.h"
+#include "core/dtype.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace mla {
+namespace {
+
+using Complex = std::complex<double>;
+
+// to (a pair of rows: real and imaginary part) += c · from
+void add_scaled(Complex c, const double* from_re, const double* from_im, double* to_re, double* to_im, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    to_re[i] += c.real() * from_re[i] - c.imag() * from_im[i];
+    to_im[i] += c.real() * from_im[i] + c.imag() * from_re[i];
+  }
+}
+
+double inner_product(const Matrix& a, const Matrix& b) {  // tr(aᵀ b)
+  double sum = 0;
+  for (size_t i = 0; i < a.data.size(); ++i) sum += a.data[i] * b.data[i];
+  return sum;
+}
+
+Matrix block(const Matrix& a, int64_t from, int64_t n) {  // a diagonal block
+  Matrix out(n, n);
+  for (int64_t i = 0; i < n; ++i) std::copy_n(a.row(from + i) + from, n, out.row(i));
+  return out;
+}
+
+void put_block(Matrix& a, int64_t at, const Matrix& b) {
+  for (int64_t i = 0; i < b.rows; ++i) std::copy_n(b.row(i), b.cols, a.row(at + i) + at);
+}
+
+void put_rows(Matrix& a, int64_t at, const Matrix& b) { std::copy(b.data.begin(), b.data.end(), a.row(at)); }
+
+// The eigenvector of the largest eigenvalue of a Hermitian matrix, through the real matrix [[X, −Y], [Y, X]].
+std::vector<Complex> leading_eigenvector(const std::vector<Complex>& h, int64_t n) {
+  Matrix real(2 * n, 2 * n);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      const Complex x = h[size_t(i * n + j)];
+      real(i, j) = real(n + i, n + j) = x.real();
+      real(n + i, j) = x.imag();
+      real(i, n + j) = -x.imag();
+    }
+  const Matrix v = eigen_symmetric(real).vectors;
+  std::vector<Complex> out(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) out[size_t(i)] = {v(i, 0), v(n + i, 0)};
+  return out;
+}
+
+class Conversion {
+ public:
+  Conversion(const GqaShape& s, const GqaMatrices& w, const LayerMoments& m, const LayerOptions& o)
+      : s_(s), w_(w), m_(m), o_(o), c_(o.activations ? m.inputs : identity(s.hidden)), q_(halves(w.q)), k_(halves(w.k)) {}
+
+  MlaMatrices run(double norm_eps) {
+    MlaMatrices out;
+    const double softmax = std::sqrt(double(s_.head_dim + o_.qk_rope_head_dim) / double(s_.head_dim));
+    choose_rotary();
+    const LowRank f = factorise();
+    out.q = queries(softmax);
+    out.kv_a = Matrix(o_.kv_lora_rank + o_.qk_rope_head_dim, s_.hidden);
+    put_rows(out.kv_a, 0, f.down);
+    put_rows(out.kv_a, o_.kv_lora_rank, rotary_key_);
+    out.kv_b = head_rows(f.up);
+    out.o = w_.o;
+    neutralise_norm(out, norm_eps);
+    return out;
+  }
+
+ private:
+  // Rows of each head as [real | imaginary].
+  Matrix halves(const Matrix& w) const {
+    if (!s_.interleaved) return w;
+    Matrix out(w.rows, w.cols);
+    for (int64_t r = 0; r < w.rows; ++r) {
+      const int64_t head = r / s_.head_dim * s_.head_dim, i = r % s_.head_dim;
+      std::copy_n(w.row(r), w.cols, out.row(head + i / 2 + i % 2 * s_.pairs()));
+    }
+    return out;
+  }
+  int64_t re(int64_t head, int64_t pair) const { return head * s_.head_dim + pair; }
+  int64_t im(int64_t head, int64_t pair) const { return re(head, pair) + s_.pairs(); }
+  int64_t group(int64_t head) const { return head / (s_.heads / s_.groups); }
+  Complex constant(int64_t head, int64_t pair) const {
+    return m_.constants.empty() ? Complex(1) : m_.constants[size_t(head * s_.pairs() + pair)];
+  }
+
+  // What a channel's rotation is worth: E|q|², times what its best constant misses of it.
+  double weight(const Matrix& q_energy, int64_t g, int64_t pair) const {
+    double energy = 0, missed = 0;
+    const int64_t per_group = s_.heads / s_.groups;
+    for (int64_t i = g * per_group; i < (g + 1) * per_group; ++i) {
+      energy += q_energy(i, pair);
+      missed += 1 - std::norm(constant(i, pair));
+    }
+    return std::sqrt(energy * (m_.constants.empty() ? 1 : std::max(missed / double(per_group), 1e-4)));
+  }
+
+  Matrix query_energy() const {  // E|q|² of each head and pair
+    const Matrix qc = multiply(q_, c_);
+    Matrix energy(s_.heads, s_.pairs());
+    for (int64_t h = 0; h < s_.heads; ++h)
+      for (int64_t p = 0; p < s_.pairs(); ++p)
+        for (int64_t r : {re(h, p), im(h, p)})
+          for (int64_t j = 0; j < s_.hidden; ++j) energy(h, p) += qc(r, j) * q_(r, j);
+    return energy;
+  }
+
+  // Each rotary pair takes the complex direction over all KV heads, and over the frequencies folded into it, that carries the most: k is
+  // u (b^H k) + rest, and the rest loses its rotation. Within one frequency this is exact for what is kept, since all heads turn alike.
+  void choose_rotary() {
+    const int64_t D = s_.hidden, slots = o_.qk_rope_head_dim / 2, step = s_.pairs() / slots, folded = o_.fold ? step : 1;
+    const int64_t n = s_.groups * folded, d = s_.head_dim;
+    const Matrix moments = multiply(multiply(k_, c_), k_, Transposed::right), energy = query_energy();
+    rest_ = k_;
+    rotary_key_ = Matrix(2 * slots, D);
+    rotary_query_ = Matrix(s_.heads * 2 * slots, D);
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      const auto channel = [&](int64_t i) { return std::pair(i / folded, slot * step + i % folded); };  // group, frequency
+      std::vector<double> weights;
+      for (int64_t i = 0; i < n; ++i)
+        weights.push_back(o_.metric ? std::max(weight(energy, channel(i).first, channel(i).second), 1e-12) : 1);
+      std::vector<Complex> h(static_cast<size_t>(n * n));
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < n; ++j) {
+          const auto [gi, fi] = channel(i);
+          const auto [gj, fj] = channel(j);
+          const int64_t a = re(gi, fi), b = im(gi, fi), x = re(gj, fj), y = im(gj, fj);
+          h[size_t(i * n + j)] =
+              Complex(moments(a, x) + moments(b, y), moments(b, x) - moments(a, y)) * weights[size_t(i)] * weights[size_t(j)];
+        }
+      const std::vector<Complex> u = leading_eigenvector(h, n);
+      double* key_re = rotary_key_.row(2 * slot);
+      double* key_im = rotary_key_.row(2 * slot + 1);
+      for (int64_t i = 0; i < n; ++i) {
+        const auto [g, f] = channel(i);
+        add_scaled(std::conj(u[size_t(i)]) * weights[size_t(i)], k_.row(re(g, f)), k_.row(im(g, f)), key_re, key_im, D);
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        const auto [g, f] = channel(i);
+        const Complex back = u[size_t(i)] / weights[size_t(i)];
+        add_scaled(-back, key_re, key_im, rest_.row(g * d + f), rest_.row(g * d + f + s_.pairs()), D);
+        for (int64_t head = 0; head < s_.heads; ++head)
+          if (group(head) == g)
+            add_scaled(std::conj(back), q_.row(re(head, f)), q_.row(im(head, f)), rotary_query_.row(head * 2 * slots + 2 * slot),
+                       rotary_query_.row(head * 2 * slots + 2 * slot + 1), D);
+      }
+    }
+    // Without its rotation a score is Re(conj(q) z k) = Re(conj(conj(z) q) k).
+    still_query_ = Matrix(q_.rows, D);
+    for (int64_t h = 0; h < s_.heads; ++h)
+      for (int64_t p = 0; p < s_.pairs(); ++p)
+        add_scaled(std::conj(constant(h, p)), q_.row(re(h, p)), q_.row(im(h, p)), still_query_.row(re(h, p)), still_query_.row(im(h, p)),
+                   D);
+  }
+
+  // The square root of a block's metric, scaled so that the block's energy is `share`.
+  static Matrix metric_root(const Matrix& metric, const Matrix& outputs, double share) {
+    const double energy = inner_product(metric, outputs);
+    if (!(energy > 1e-24 * frobenius_norm(metric))) return identity(metric.rows);  // nothing there to be kept
+    Matrix root = symmetric_power(metric, 0.5, 1e-6);
+    for (double& x : root.data) x *= std::sqrt(share / energy);
+    return root;
+  }
+
+  // [K_rest; V] ≈ up · down, in the metric of what keys and values do to scores and to the stream.
+  LowRank factorise() {
+    const int64_t d = s_.head_dim, n = s_.groups * d, per_group = s_.heads / s_.groups;
+    Matrix joint(2 * n, s_.hidden), keys(n, n), values(n, n);
+    put_rows(joint, 0, rest_);
+    put_rows(joint, n, w_.v);
+    if (o_.metric) {
+      for (int64_t h = 0; h < s_.heads; ++h) {
+        std::vector<int64_t> rows;
+        for (int64_t i = 0; i < d; ++i) rows.push_back(h * d + i);
+        const Matrix q = take_rows(still_query_, rows), o = take_columns(w_.o, rows);
+        const Matrix qq = multiply(multiply(q, c_), q, Transposed::right), oo = multiply(o, o, Transposed::left);
+        const int64_t at = h / per_group * d;
+        for (int64_t i = 0; i < d; ++i)
+          for (int64_t j = 0; j < d; ++j) keys(at + i, at + j) += qq(i, j) / double(d), values(at + i, at + j) += oo(i, j);
+      }
+    } else {
+      keys = values = identity(n);
+    }
+    const Matrix outputs = multiply(multiply(joint, c_), joint, Transposed::right);
+    Matrix root(2 * n, 2 * n);
+    put_block(root, 0, metric_root(keys, block(outputs, 0, n), 1));
+    put_block(root, n, metric_root(values, block(outputs, n, n), o_.value_share));
+    FactorOptions options;
+    options.seed = o_.seed;
+    return factor(o_.method, joint, o_.latent_rank(), &c_, &root, options);
+  }
+
+  Matrix queries(double scale) const {
+    const int64_t d = s_.head_dim, d_R = o_.qk_rope_head_dim;
+    Matrix q(s_.heads * (d + d_R), s_.hidden);
+    for (int64_t h = 0; h < s_.heads; ++h) {
+      for (int64_t i = 0; i < d; ++i) std::copy_n(still_query_.row(h * d + i), s_.hidden, q.row(h * (d + d_R) + i));
+      for (int64_t i = 0; i < d_R; ++i) std::copy_n(rotary_query_.row(h * d_R + i), s_.hidden, q.row(h * (d + d_R) + d + i));
+    }
+    for (double& x : q.data) x *= scale;
+    return q;
+  }
+
+  // Heads of a group share their W_UK and W_UV.
+  Matrix head_rows(const Matrix& up) const {
+    const int64_t d = s_.head_dim, n = s_.groups * d;
+    Matrix kv_b(s_.heads * 2 * d, o_.kv_lora_rank);
+    for (int64_t h = 0; h < s_.heads; ++h)
+      for (int64_t i = 0; i < d; ++i) {
+        std::copy_n(up.row(group(h) * d + i), up.cols, kv_b.row(h * 2 * d + i));
+        std::copy_n(up.row(n + group(h) * d + i), up.cols, kv_b.row(h * 2 * d + d + i));
+      }
+    return kv_b;
+  }
+
+  // RMSNorm divides the latent by rms = √((‖c‖² + B²)/r + ε). With B far above ‖c‖ that is one number, which the norm's weight undoes;
+  // the constant itself has weight 0, so that the cache keeps none of it.
+  void neutralise_norm(MlaMatrices& out, double eps) const {
+    const int64_t r = o_.kv_lora_rank;
+    Matrix latent(o_.latent_rank(), s_.hidden);
+    std::copy_n(out.kv_a.data.begin(), latent.data.size(), latent.data.begin());
+    const double energy = inner_product(multiply(latent, m_.inputs), latent);
+    out.kv_a_bias.assign(size_t(r + o_.qk_rope_head_dim), 0);
+    double constant = 0;
+    if (o_.latent_norm != LatentNorm::scale) {
+      constant = std::exp2(std::ceil(std::log2(1024 * std::sqrt(std::max(energy, 1e-30)))));  // a power of two is exact in every type
+      if (o_.latent_norm == LatentNorm::constant)
+        out.kv_a_bias[size_t(r - 1)] = constant;
+      else
+        put_functional(out.kv_a.row(r - 1), constant);
+    }
+    const double rms = std::sqrt((energy + constant * constant) / double(r) + eps);
+    const double weight = double(bf16_to_f32(f32_to_bf16(float(rms))));  // what it lacks goes into kv_b
+    out.kv_a_norm.assign(size_t(r), weight);
+    if (constant > 0) out.kv_a_norm[size_t(r - 1)] = 0;
+    for (double& x : out.kv_b.data) x *= rms / weight;
+  }
+
+  // The row v that makes v·a nearest to `constant`: E[a aᵀ] v = constant E[a].
+  void put_functional(double* row, double constant) const {
+    Matrix b(s_.hidden, 1);
+    double trace = 0;
+    for (int64_t i = 0; i < s_.hidden; ++i) b(i, 0) = constant * m_.mean[size_t(i)], trace += m_.inputs(i, i);
+    const Matrix v = solve_ridge(m_.inputs, 1e-9 * trace, b);
+    std::copy(v.data.begin(), v.data.end(), row);
+  }
+
+  const GqaShape& s_;
+  const GqaMatrices& w_;
+  const LayerMoments& m_;
+  const LayerOptions& o_;
+  const Matrix c_;                     // the inputs' second moments, or the identity
+  const Matrix q_, k_;                 // rows as [real | imaginary] of each head
+  Matrix rest_;                        // keys without what the rotary key carries
+  Matrix rotary_key_;                  // [d_R, D], pairs interleaved
+  Matrix rotary_query_, still_query_;  // [h d_R, D], [h d, D]
+};
+
+}  // namespace
+
+void check_layer_options(const GqaShape& s, const LayerOptions& o) {
+  const int64_t d_R = o.qk_rope_head_dim, most = std::min(2 * s.groups * s.head_dim, s.hidden), spare = o.kv_lora_rank - o.latent_rank();
+  if (d_R < 2 || d_R > s.head_dim || s.head_dim % d_R != 0 || d_R % 2 != 0)
+    fail_input(
+        "a rotary width of {} does not fit heads of {}; it must be even and divide that, so that the checkpoint's one ladder of "
+        "frequencies holds the original's",
+        d_R, s.head_dim);
+  if (o.latent_rank() < 1 || o.latent_rank() > most)
+    fail_input("a latent of {} elements is {}; give {} to {}{}", o.kv_lora_rank, o.latent_rank() < 1 ? "too small" : "more than full rank",
+               1 + spare, most + spare, spare ? " (one holds the constant that makes the latent's norm harmless)" : "");
+  if (!(o.value_share > 0) || !std::isfinite(o.value_share)) fail_input("the values' share β is {}; it must be above 0", o.value_share);
+}
+
+MlaMatrices convert_layer(const GqaShape& shape, const GqaMatrices& w, const LayerMoments& moments, const LayerOptions& options,
+                          double norm_eps) {
+  check_layer_options(shape, options);
+  return Conversion(shape, w, moments, options).run(norm_eps);
+}
+
+}  // namespace mla

@@ -1,0 +1,62 @@
+// One layer of grouped-query attention as one of multi-head latent attention: the algebra, on matrices and second moments alone.
+#pragma once
+
+#include "lowrank/factor.h"
+
+#include <complex>
+#include <optional>
+#include <string_view>
+
+namespace mla {
+
+// What stands for e^{iθ(s−t)}, the rotation of a channel that loses its own: 1, its mean under attention, or the constant that is nearest
+// in the least squares, weighted by attention, |q|² and |k|².
+enum class Constant : uint8_t { one, mean, least_squares };
+// What becomes of the RMSNorm that DeepSeek-V2 puts on the latent: a channel held at a large constant by the bias, which makes the norm
+// constant to second order; the linear functional of the input that is nearest to a constant; or one calibrated scale.
+enum class LatentNorm : uint8_t { constant, functional, scale };
+
+struct LayerOptions {
+  Method method = Method::svd;
+  int64_t kv_lora_rank = 0, qk_rope_head_dim = 0;
+  Constant constant = Constant::least_squares;
+  bool activations = true;  // weigh inputs by their second moments
+  bool metric = true;       // weigh keys by E[q qᵀ] and values by W_Oᵀ W_O, in the choice of the rotary key too
+  bool fold = true;         // fold neighbouring frequencies into each rotary pair, where qk_rope_head_dim < head_dim
+  double value_share = 2;   // β: the values' energy in the metric, over the keys'
+  LatentNorm latent_norm = LatentNorm::constant;
+  uint64_t seed = 0;
+
+  int64_t latent_rank() const { return kv_lora_rank - (latent_norm == LatentNorm::scale ? 0 : 1); }  // what is left for keys and values
+};
+
+struct GqaShape {
+  int64_t heads, groups, head_dim, hidden;
+  bool interleaved;  // rotary pairs are rows (2i, 2i+1) of a head; else (i, i + head_dim/2)
+  int64_t pairs() const { return head_dim / 2; }
+};
+
+struct GqaMatrices {
+  Matrix q, k, v, o;  // [h d, D], [g d, D], [g d, D], [D, h d]
+};
+
+struct LayerMoments {
+  Matrix inputs;                                // E[a aᵀ] of the normed stream a [D, D]
+  std::vector<double> mean;                     // E[a]
+  std::vector<std::complex<double>> constants;  // for each query head and pair [h, d/2]; empty: 1
+};
+
+struct MlaMatrices {
+  Matrix q;                                  // [h (d + d_R), D], scaled for the softmax of d + d_R
+  Matrix kv_a;                               // [r + d_R, D]
+  std::vector<double> kv_a_bias, kv_a_norm;  // [r + d_R], [r]
+  Matrix kv_b;                               // [h (d + d), r]
+  Matrix o;                                  // [D, h d]
+};
+
+// Raises Error where rank or rotary width do not fit the shape. `norm_eps` is that of the latent's norm.
+void check_layer_options(const GqaShape& shape, const LayerOptions& options);
+MlaMatrices convert_layer(const GqaShape& shape, const GqaMatrices& w, const LayerMoments& moments, const LayerOptions& options,
+                          double norm_eps);
+
+}  // namespace mla
