@@ -161,10 +161,10 @@ class Conversion {
                    D);
   }
 
-  // The square root of a block's metric, scaled so that the block's energy is `share`.
-  static Matrix metric_root(const Matrix& metric, const Matrix& outputs, double share) {
+  // The square root of a block's metric, scaled so that the energy of the block's outputs is `share`; `whole` is what would be a lot.
+  static Matrix metric_root(const Matrix& metric, const Matrix& outputs, double whole, double share) {
     const double energy = inner_product(metric, outputs);
-    if (!(energy > 1e-24 * frobenius_norm(metric))) return identity(metric.rows);  // nothing there to be kept
+    if (!(energy > 1e-10 * whole)) return identity(metric.rows);  // nothing is left there but rounding
     Matrix root = symmetric_power(metric, 0.5, 1e-6);
     for (double& x : root.data) x *= std::sqrt(share / energy);
     return root;
@@ -191,8 +191,8 @@ class Conversion {
     }
     const Matrix outputs = multiply(multiply(joint, c_), joint, Transposed::right);
     Matrix root(2 * n, 2 * n);
-    put_block(root, 0, metric_root(keys, block(outputs, 0, n), 1));
-    put_block(root, n, metric_root(values, block(outputs, n, n), o_.value_share));
+    put_block(root, 0, metric_root(keys, block(outputs, 0, n), inner_product(keys, multiply(multiply(k_, c_), k_, Transposed::right)), 1));
+    put_block(root, n, metric_root(values, block(outputs, n, n), 0, o_.value_share));
     FactorOptions options;
     options.seed = o_.seed;
     return factor(o_.method, joint, o_.latent_rank(), &c_, &root, options);

@@ -65,7 +65,7 @@ Json settings(const Tokenizer::GgufVocabulary& v) {
 std::optional<TokenizerFiles> export_tokenizer(const Tokenizer::GgufVocabulary& v) {
   const Json pre = v.model == "gpt2" ? pre_tokenizer(v.pre) : nullptr;
   if (pre.is_null()) return std::nullopt;
-  Json vocabulary = Json::object();
+  nlohmann::json vocabulary = nlohmann::json::object();  // sorted: an ordered object of this size would be searched from end to end
   for (size_t id = 0; id < v.tokens.size(); ++id) vocabulary[v.tokens[id]] = id;
   const bool composes = v.pre == "qwen2", whole_words = v.pre.starts_with("llama");
   const Json tokenizer{{"version", "1.0"},

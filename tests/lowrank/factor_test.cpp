@@ -1,7 +1,7 @@
 // Every method against its error bound, on matrices of all shapes and ranks, with and without weights, and on input nobody can factorise.
 #include "lowrank/factor.h"
 #include "core/check.h"
-#include "core/random.h"
+#include "random.h"
 
 #include <gtest/gtest.h>
 
@@ -9,14 +9,8 @@
 #include <functional>
 #include <limits>
 
-namespace mla {
+namespace mla::test {
 namespace {
-
-Matrix random_matrix(int64_t rows, int64_t cols, uint64_t seed) {
-  Matrix a(rows, cols);
-  for (size_t i = 0; i < a.data.size(); ++i) a.data[i] = random_normal(seed, i);
-  return a;
-}
 
 // Singular values decay^i.
 Matrix decaying(int64_t rows, int64_t cols, double decay, uint64_t seed) {
@@ -29,12 +23,6 @@ Matrix decaying(int64_t rows, int64_t cols, double decay, uint64_t seed) {
 
 Matrix of_rank(int64_t rows, int64_t cols, int64_t rank, uint64_t seed) {
   return multiply(random_matrix(rows, rank, seed), random_matrix(rank, cols, seed + 1));
-}
-
-// E[x xᵀ] of `samples` inputs: singular when they are fewer than n.
-Matrix covariance(int64_t n, int64_t samples, uint64_t seed) {
-  const Matrix x = random_matrix(samples, n, seed);
-  return multiply(x, x, Transposed::left);
 }
 
 double tail(const std::vector<double>& s, int64_t rank) {
@@ -206,4 +194,4 @@ TEST(Factor, RefusesWhatCannotBeFactorised) {
 }
 
 }  // namespace
-}  // namespace mla
+}  // namespace mla::test

@@ -1,0 +1,316 @@
+// Whole conversions of small random models: exact where they can be, every step's switch at work, and models that cannot be converted.
+#include "lowrank/convert.h"
+
+#include "core/check.h"
+#include "core/threads.h"
+#include "io/checkpoint.h"
+#include "lowrank/layer_run.h"
+#include "model/make.h"
+#include "model/rope.h"
+#include "random.h"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+#include <nlohmann/json.hpp>
+
+#include <cmath>
+
+namespace mla::test {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct Folder {
+  fs::path path = fs::temp_directory_path() / fmt::format("mla-convert-{}", getpid());
+  Folder() { fs::create_directories(path); }
+  ~Folder() { fs::remove_all(path); }
+};
+
+Config llama(int groups, nlohmann::json more = {}) {
+  nlohmann::json json{{"model_type", "llama"},        {"vocab_size", 120},        {"hidden_size", 48}, {"intermediate_size", 72},
+                      {"num_hidden_layers", 2},       {"num_attention_heads", 4}, {"head_dim", 16},    {"max_position_embeddings", 512},
+                      {"num_key_value_heads", groups}};
+  json.update(more.is_null() ? nlohmann::json::object() : more);
+  return parse_hf_config(json);
+}
+
+std::vector<int32_t> random_ids(size_t n, uint64_t seed) {
+  std::vector<int32_t> ids;
+  for (size_t i = 0; i < n; ++i) ids.push_back(int32_t(random_bits(seed, i) % 120));
+  return ids;
+}
+
+ConvertOptions sized(int64_t rank, int64_t d_R) {
+  ConvertOptions o;
+  o.layer.kv_lora_rank = rank, o.layer.qk_rope_head_dim = d_R;
+  o.type = DType::f32;
+  o.window = 32;
+  o.constant_windows = 4;
+  return o;
+}
+
+std::vector<float> logits(const Checkpoint& checkpoint, Device& device, const std::vector<int32_t>& ids,
+                          MlaForm form = MlaForm::automatic) {
+  Model model(checkpoint, device);
+  model.form = form;
+  LatentCache cache = model.make_cache(int64_t(ids.size()), DType::f32);
+  const Chunk chunk{cache.open(), ids, Chunk::Logits::all};
+  const Tensor t = model.forward({&chunk, 1}, cache);
+  return {t.f32(), t.f32() + t.count()};
+}
+
+// Root mean square of the difference, over the spread of the first.
+double distance(const std::vector<float>& a, const std::vector<float>& b) {
+  double difference = 0, mean = 0, spread = 0;
+  for (float x : a) mean += double(x) / double(a.size());
+  for (size_t i = 0; i < a.size(); ++i) difference += std::pow(double(a[i]) - b[i], 2), spread += std::pow(a[i] - mean, 2);
+  return std::sqrt(difference / spread);
+}
+
+class ConvertModel : public testing::Test {
+ protected:
+  Checkpoint random(const Config& config, const char* name = "original") {
+    make_random(config, folder_.path / name, DType::f32, 3, device_->threads());
+    return Checkpoint::open(folder_.path / name);
+  }
+  Checkpoint written(const Checkpoint& original, Converted converted, DType type = DType::f32) {
+    static int count = 0;
+    const fs::path path = folder_.path / fmt::format("converted-{}", count++);
+    export_hf(original, Replacement{std::move(converted.config), std::move(converted.tensors), {}}, path, type, device_->threads());
+    return Checkpoint::open(path);
+  }
+  Checkpoint converted(const Checkpoint& original, const ConvertOptions& o) {
+    return written(original, convert(original, calibration_, o, *device_), o.type);
+  }
+
+  Folder folder_;
+  std::unique_ptr<Device> device_ = make_cpu(2);
+  std::vector<int32_t> calibration_ = random_ids(32 * 12, 1), text_ = random_ids(100, 2);
+};
+
+TEST_F(ConvertModel, AnMqaModelAtFullRankIsTheSameModel) {
+  const Checkpoint original = random(llama(1));
+  const std::vector<float> theirs = logits(original, *device_, text_);
+  for (Method method : all_methods) {
+    ConvertOptions o = sized(17, 16);
+    o.layer.method = method;
+    const Checkpoint ours = converted(original, o);
+    for (MlaForm form : {MlaForm::absorbed, MlaForm::expanded})
+      EXPECT_LT(distance(theirs, logits(ours, *device_, text_, form)), 1e-4) << name(method);
+  }
+}
+
+TEST_F(ConvertModel, AGqaModelWithKeysInOneDirectionIsTheSameModel) {
+  const Checkpoint base = random(llama(2), "base");
+  Replacement instead{llama(2), {}, {}};
+  for (int l = 0; l < 2; ++l) {
+    const std::string name = fmt::format("layers.{}.attn.k", l);
+    const Tensor& t = base.get(name).value;
+    std::vector<float> k(t.f32(), t.f32() + t.count());
+    for (int64_t p = 0; p < 8; ++p)
+      for (int64_t j = 0; j < 48; ++j) {  // the second head's: a complex multiple of the first's
+        const auto z =
+            std::polar(1.0F + 0.1F * float(p), float(p)) * std::complex<float>(k[size_t(p * 48 + j)], k[size_t((p + 8) * 48 + j)]);
+        k[size_t((16 + p) * 48 + j)] = z.real(), k[size_t((24 + p) * 48 + j)] = z.imag();
+      }
+    instead.tensors[name] = k;
+  }
+  export_hf(base, instead, folder_.path / "aligned", DType::f32, device_->threads());
+  const Checkpoint original = Checkpoint::open(folder_.path / "aligned");
+  EXPECT_LT(distance(logits(original, *device_, text_), logits(converted(original, sized(33, 16)), *device_, text_)), 1e-4);
+}
+
+TEST_F(ConvertModel, EveryStepCanBeSwitchedOffAndMatters) {
+  const Checkpoint original = random(llama(2));
+  const std::vector<float> theirs = logits(original, *device_, calibration_);
+  const Converted all = convert(original, calibration_, sized(24, 8), *device_);
+  const auto without = [&](const char* step, const std::function<void(ConvertOptions&)>& change) {
+    ConvertOptions o = sized(24, 8);
+    change(o);
+    Converted less = convert(original, calibration_, o, *device_);
+    bool differs = false;
+    for (const auto& [name, values] : all.tensors) differs |= !less.tensors.contains(name) || less.tensors.at(name) != values;
+    EXPECT_TRUE(differs) << step;
+    const double d = distance(theirs, logits(written(original, std::move(less)), *device_, calibration_));
+    EXPECT_TRUE(std::isfinite(d)) << step;
+    return d;
+  };
+  const double ours = distance(theirs, logits(written(original, all), *device_, calibration_));
+  EXPECT_LT(ours, 1);
+  without("refit of W_O", [](ConvertOptions& o) { o.refit = Refit::none; });
+  without("refit of W_down", [](ConvertOptions& o) { o.refit_down = false; });
+  without("drift", [](ConvertOptions& o) { o.refit = Refit::layer; });
+  without("converted prefix", [](ConvertOptions& o) { o.sequential = false; });
+  without("activations", [](ConvertOptions& o) { o.layer.activations = false; });
+  without("metric", [](ConvertOptions& o) { o.layer.metric = false; });
+  without("fold", [](ConvertOptions& o) { o.layer.fold = false; });
+  without("constants", [](ConvertOptions& o) { o.layer.constant = Constant::one; });
+  without("least squares", [](ConvertOptions& o) { o.layer.constant = Constant::mean; });
+  without("balance", [](ConvertOptions& o) { o.layer.value_share = 0.5; });
+  without("constant channel", [](ConvertOptions& o) { o.layer.latent_norm = LatentNorm::scale; });
+  without("bias", [](ConvertOptions& o) { o.layer.latent_norm = LatentNorm::functional; });
+  for (Method method : {Method::qr, Method::rsvd, Method::cur}) without("svd", [&](ConvertOptions& o) { o.layer.method = method; });
+}
+
+// The stream behind a layer's part is what the refits aim at, on the windows of the calibration.
+TEST_F(ConvertModel, RefitsBringTheStreamNearer) {
+  const Checkpoint original = random(llama(2));
+  const auto stream = [&](const Checkpoint& checkpoint, const std::string& name) {
+    Model model(checkpoint, *device_);
+    std::vector<float> out;
+    model.dump = [&](const std::string& given, const Tensor& t) {
+      if (given == name) out.insert(out.end(), t.f32(), t.f32() + t.count());
+    };
+    LatentCache cache = model.make_cache(int64_t(calibration_.size()), DType::f32);
+    for (size_t from = 0; from < calibration_.size(); from += 32) {
+      const Chunk chunk{cache.open(), std::span(calibration_).subspan(from, 32), Chunk::Logits::none};
+      model.forward({&chunk, 1}, cache);
+    }
+    return out;
+  };
+  const auto apart = [&](const char* name, Refit refit, bool down) {
+    ConvertOptions o = sized(24, 8);
+    o.refit = refit, o.refit_down = down;
+    return distance(stream(original, name), stream(converted(original, o), name));
+  };
+  for (const char* name : {"layers.0.attn.stream", "layers.0.stream"})
+    EXPECT_LT(apart(name, Refit::layer, false), apart(name, Refit::none, false)) << name;
+  EXPECT_LT(apart("layers.1.attn.stream", Refit::drift, false), apart("layers.1.attn.stream", Refit::layer, false));
+  for (const char* name : {"layers.0.stream", "layers.1.stream"})
+    EXPECT_LT(apart(name, Refit::drift, true), apart(name, Refit::drift, false)) << name;
+}
+
+TEST_F(ConvertModel, MoreRankIsNearer) {
+  const Checkpoint original = random(llama(2));
+  const std::vector<float> theirs = logits(original, *device_, calibration_);
+  double before = 10;
+  for (int64_t rank : {6, 16, 33}) {
+    const double d = distance(theirs, logits(converted(original, sized(rank, 16)), *device_, calibration_));
+    EXPECT_LT(d, before) << rank;
+    before = d;
+  }
+}
+
+TEST_F(ConvertModel, TheCheckpointIsDeepSeekV2AndItsTypeIsKept) {
+  const Checkpoint original = random(llama(2));
+  ConvertOptions o = sized(24, 8);
+  o.type = DType::bf16;
+  Converted made = convert(original, calibration_, o, *device_);
+  for (const auto& [name, values] : made.tensors)
+    for (float x : values) ASSERT_EQ(x, bf16_to_f32(f32_to_bf16(x))) << name;
+  const Checkpoint ours = written(original, std::move(made), DType::bf16);
+  const Config c = read_config(ours);
+  EXPECT_EQ(c.family, Family::deepseek_v2);
+  EXPECT_TRUE(c.attention_bias);
+  EXPECT_EQ(c.kv_layout().row(), 32);
+  EXPECT_EQ(c.qk_nope_head_dim, 16);
+  EXPECT_EQ(ours.get("layers.1.attn.kv_a").value.dtype, DType::bf16);
+  for (float x : logits(ours, *device_, text_)) ASSERT_TRUE(std::isfinite(x));
+}
+
+TEST_F(ConvertModel, TheResultDependsOnlyOnItsInputs) {
+  const Checkpoint original = random(llama(2));
+  EXPECT_EQ(convert(original, calibration_, sized(24, 8), *device_).tensors,
+            convert(original, calibration_, sized(24, 8), *device_).tensors);
+}
+
+TEST_F(ConvertModel, WhatCannotBeConvertedIsRefusedBeforeWork) {
+  const auto refused = [&](const Checkpoint& c, const ConvertOptions& o, const char* said) {
+    try {
+      convert(c, calibration_, o, *device_, [](double) { FAIL() << "work began"; });
+      FAIL() << said;
+    } catch (const Error& e) {
+      EXPECT_EQ(e.kind(), ErrorKind::input);
+      EXPECT_NE(std::string(e.what()).find(said), std::string::npos) << e.what();
+    }
+  };
+  const ConvertOptions o = sized(24, 8);
+  refused(random(llama(2, {{"attention_bias", true}}), "bias"), o, "has a bias");
+  refused(random(llama(2, {{"model_type", "mistral"}, {"sliding_window", 64}}), "window"), o, "sliding window of 64");
+  refused(random(llama(2, {{"rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}, {"original_max_position_embeddings", 128}}}}), "yarn"),
+          o, "YaRN");
+  const Checkpoint plain = random(llama(2));
+  refused(plain, sized(24, 6), "rotary width");
+  refused(plain, sized(80, 8), "more than full rank");
+  refused(converted(plain, o), o, "latent attention already");
+  calibration_.resize(31);
+  refused(plain, o, "31 tokens");
+}
+
+TEST_F(ConvertModel, LlamaThreesScalingSurvives) {
+  const Checkpoint original = random(llama(1, {{"rope_scaling",
+                                                {{"rope_type", "llama3"},
+                                                 {"factor", 8.0},
+                                                 {"low_freq_factor", 1.0},
+                                                 {"high_freq_factor", 4.0},
+                                                 {"original_max_position_embeddings", 64}}}}));
+  const std::vector<int32_t> long_text = random_ids(300, 9);
+  EXPECT_LT(distance(logits(original, *device_, long_text), logits(converted(original, sized(17, 16)), *device_, long_text)), 1e-4);
+}
+
+TEST_F(ConvertModel, AnInterruptEndsIt) {
+  const Checkpoint original = random(llama(2));
+  EXPECT_THROW(convert(original, calibration_, sized(24, 8), *device_,
+                       [](double f) {
+                         if (f > 0.4) throw Error(ErrorKind::interrupted, "now");
+                       }),
+               Error);
+}
+
+TEST(Sums, AreTheProductsOfTheirRows) {
+  const Matrix x = random_matrix(37, 5, 1), y = random_matrix(37, 3, 2);
+  std::vector<float> xf(x.data.begin(), x.data.end()), yf(y.data.begin(), y.data.end());
+  Sums sums(5, 3);
+  for (int64_t from : {0, 20}) {
+    const int64_t n = from == 0 ? 20 : 17;
+    sums.add(xf.data() + from * 5, n);
+    sums.add_cross(xf.data() + from * 5, yf.data() + from * 3, n);
+  }
+  EXPECT_LT(frobenius_norm(difference(sums.gram(), multiply(x, x, Transposed::left))), 1e-4);
+  EXPECT_LT(frobenius_norm(difference(sums.cross(), multiply(x, y, Transposed::left))), 1e-4);
+}
+
+// Against the definition, in double and one term at a time.
+TEST(Constants, AreTheWeightedMeansOfTheRotations) {
+  for (bool interleaved : {false, true})
+    for (Constant which : {Constant::mean, Constant::least_squares}) {
+      const GqaShape s{4, 2, 6, 10, interleaved};
+      constexpr int64_t T = 11;
+      const std::vector<double> frequencies{1, 0.3, 0.01};
+      std::vector<float> q(T * 4 * 6), k(T * 2 * 6);
+      for (size_t i = 0; i < q.size(); ++i) q[i] = float(random_normal(5, i));
+      for (size_t i = 0; i < k.size(); ++i) k[i] = float(random_normal(6, i));
+      ConstantSums sums(s, frequencies, T, which);
+      sums.add(view(q.data(), DType::f32, {T, 4, 6}), view(k.data(), DType::f32, {T, 2, 6}), 0.4F);
+      const auto got = sums.constants();
+      for (int64_t h = 0; h < 4; ++h)
+        for (int64_t f = 0; f < 3; ++f) {
+          std::complex<double> numerator = 0;
+          double denominator = 0;
+          const int64_t re = interleaved ? 2 * f : f, im = interleaved ? 2 * f + 1 : f + 3;
+          for (int64_t t = 0; t < T; ++t) {
+            const float* qt = q.data() + (t * 4 + h) * 6;
+            std::vector<double> p;
+            double sum = 0;
+            for (int64_t u = 0; u <= t; ++u) {
+              const float* ku = k.data() + (u * 2 + h / 2) * 6;
+              double dot = 0;
+              for (int i = 0; i < 6; ++i) dot += double(qt[i]) * ku[i];
+              p.push_back(std::exp(0.4 * dot)), sum += p.back();
+            }
+            for (int64_t u = which == Constant::mean ? 0 : 1; u <= t; ++u) {
+              const float* ku = k.data() + (u * 2 + h / 2) * 6;
+              double w = p[size_t(u)] / sum;
+              if (which == Constant::least_squares) w *= (qt[re] * qt[re] + qt[im] * qt[im]) * (ku[re] * ku[re] + ku[im] * ku[im]);
+              numerator += w * std::polar(1.0, frequencies[size_t(f)] * double(u - t));
+              denominator += w;
+            }
+          }
+          EXPECT_LT(std::abs(got[size_t(h * 3 + f)] - numerator / denominator), 1e-5);
+          EXPECT_LE(std::abs(got[size_t(h * 3 + f)]), 1 + 1e-5);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace mla::test

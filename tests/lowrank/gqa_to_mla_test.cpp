@@ -1,0 +1,246 @@
+// The algebra of one layer, step by step: what is exact is exact, and every bound on options is said.
+#include "lowrank/gqa_to_mla.h"
+
+#include "core/check.h"
+#include "random.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <numeric>
+
+namespace mla::test {
+namespace {
+
+constexpr GqaShape shape{4, 2, 8, 20, false};
+constexpr double eps = 1e-6;
+
+GqaMatrices random_weights(const GqaShape& s, uint64_t seed) {
+  return {random_matrix(s.heads * s.head_dim, s.hidden, seed), random_matrix(s.groups * s.head_dim, s.hidden, seed + 1),
+          random_matrix(s.groups * s.head_dim, s.hidden, seed + 2), random_matrix(s.hidden, s.heads * s.head_dim, seed + 3)};
+}
+
+LayerMoments random_moments(const GqaShape& s, uint64_t seed, bool constants) {
+  LayerMoments m;
+  m.inputs = covariance(s.hidden, 4 * s.hidden, seed);
+  for (double& x : m.inputs.data) x /= double(4 * s.hidden);
+  m.mean.assign(size_t(s.hidden), 0.1);
+  for (int64_t i = 0; constants && i < s.heads * s.pairs(); ++i)
+    m.constants.push_back(std::polar(random_uniform(seed + 1, uint64_t(i)), 6.28 * random_uniform(seed + 2, uint64_t(i))));
+  return m;
+}
+
+std::vector<double> times(const Matrix& w, const std::vector<double>& x, const std::vector<double>& bias = {}) {
+  std::vector<double> y(static_cast<size_t>(w.rows));
+  for (int64_t i = 0; i < w.rows; ++i)
+    y[size_t(i)] = std::inner_product(x.begin(), x.end(), w.row(i), bias.empty() ? 0.0 : bias[size_t(i)]);
+  return y;
+}
+
+std::vector<double> random_vector(int64_t n, uint64_t seed) { return random_matrix(1, n, seed).data; }
+
+void turn(double* re, double* im, double angle) {
+  const std::complex<double> y = std::complex<double>(*re, *im) * std::polar(1.0, angle);
+  *re = y.real(), *im = y.imag();
+}
+
+// The latent behind its RMSNorm.
+std::vector<double> normed_latent(const MlaMatrices& m, const std::vector<double>& x) {
+  const auto r = int64_t(m.kv_a_norm.size());
+  const std::vector<double> row = times(m.kv_a, x, m.kv_a_bias);
+  double squares = 0;
+  for (int64_t i = 0; i < r; ++i) squares += row[size_t(i)] * row[size_t(i)];
+  std::vector<double> latent;
+  for (int64_t i = 0; i < r; ++i) latent.push_back(row[size_t(i)] / std::sqrt(squares / double(r) + eps) * m.kv_a_norm[size_t(i)]);
+  return latent;
+}
+
+// The softmax's argument for query position t and key position s.
+double mla_score(const GqaShape& s, int64_t d_R, const MlaMatrices& m, int64_t head, const std::vector<double>& xt,
+                 const std::vector<double>& xs, double t, double u) {
+  const int64_t d = s.head_dim, r = m.kv_b.cols;
+  std::vector<double> q = times(m.q, xt), kv = times(m.kv_b, normed_latent(m, xs)), row = times(m.kv_a, xs, m.kv_a_bias);
+  double* qr = q.data() + head * (d + d_R) + d;
+  double* kr = row.data() + r;
+  for (int64_t p = 0; p < d_R / 2; ++p) {
+    const double theta = std::pow(10000.0, -2.0 * double(p) / double(d_R));
+    turn(qr + 2 * p, qr + 2 * p + 1, theta * t), turn(kr + 2 * p, kr + 2 * p + 1, theta * u);
+  }
+  const double still = std::inner_product(q.data() + head * (d + d_R), qr, kv.data() + head * 2 * d, 0.0);
+  return (still + std::inner_product(qr, qr + d_R, kr, 0.0)) / std::sqrt(double(d + d_R));
+}
+
+double gqa_score(const GqaShape& s, const GqaMatrices& w, int64_t head, const std::vector<double>& xt, const std::vector<double>& xs,
+                 double t, double u) {
+  std::vector<double> q = times(w.q, xt), k = times(w.k, xs);
+  const int64_t d = s.head_dim;
+  double* qh = q.data() + head * d;
+  double* kh = k.data() + head / (s.heads / s.groups) * d;
+  for (int64_t p = 0; p < d / 2; ++p) {
+    const double theta = std::pow(10000.0, -2.0 * double(p) / double(d));
+    const int64_t re = s.interleaved ? 2 * p : p, im = s.interleaved ? 2 * p + 1 : p + d / 2;
+    turn(qh + re, qh + im, theta * t), turn(kh + re, kh + im, theta * u);
+  }
+  return std::inner_product(qh, qh + d, kh, 0.0) / std::sqrt(double(d));
+}
+
+LayerOptions full(const GqaShape& s, int64_t d_R) {
+  LayerOptions o;
+  o.qk_rope_head_dim = d_R;
+  o.kv_lora_rank = std::min(2 * s.groups * s.head_dim, s.hidden) + 1;
+  return o;
+}
+
+// The merge of the heads into one latent: at full rank, and without any rotation, nothing is lost, for any rotary width and method.
+TEST(ConvertLayer, MergingTheHeadsIsExactAtFullRank) {
+  for (bool interleaved : {false, true})
+    for (int64_t d_R : {2, 4, 8})
+      for (Method method : all_methods) {
+        GqaShape s = shape;
+        s.interleaved = interleaved;
+        const GqaMatrices w = random_weights(s, 1);
+        LayerOptions o = full(s, d_R);
+        o.method = method;
+        const MlaMatrices m = convert_layer(s, w, random_moments(s, 5, false), o, eps);
+        const auto xt = random_vector(s.hidden, 7), xs = random_vector(s.hidden, 8);
+        const auto v = times(w.v, xs), kv = times(m.kv_b, normed_latent(m, xs));
+        for (int64_t h = 0; h < s.heads; ++h) {
+          EXPECT_NEAR(mla_score(s, d_R, m, h, xt, xs, 0, 0), gqa_score(s, w, h, xt, xs, 0, 0), 1e-4) << name(method) << " " << d_R;
+          for (int64_t i = 0; i < s.head_dim; ++i) EXPECT_NEAR(kv[size_t(h * 16 + 8 + i)], v[size_t(h / 2 * 8 + i)], 1e-4) << name(method);
+        }
+      }
+}
+
+// Heads whose keys are, frequency by frequency, complex multiples of each other lie in one direction across heads: the rotation is exact
+// at any distance.
+TEST(ConvertLayer, RotatingAcrossHeadsIsExactForKeysInOneDirection) {
+  for (bool interleaved : {false, true}) {
+    GqaShape s = shape;
+    s.interleaved = interleaved;
+    GqaMatrices w = random_weights(s, 11);
+    for (int64_t p = 0; p < 4; ++p) {
+      const int64_t re = interleaved ? 2 * p : p, im = interleaved ? 2 * p + 1 : p + 4;
+      const auto c = std::polar(0.5 + double(p), 1.0 + double(p));
+      for (int64_t j = 0; j < s.hidden; ++j) {
+        const std::complex<double> k = c * std::complex<double>(w.k(re, j), w.k(im, j));
+        w.k(8 + re, j) = k.real(), w.k(8 + im, j) = k.imag();
+      }
+    }
+    const MlaMatrices m = convert_layer(s, w, random_moments(s, 15, true), full(s, 8), eps);
+    const auto xt = random_vector(s.hidden, 17), xs = random_vector(s.hidden, 18);
+    for (int64_t h = 0; h < s.heads; ++h)
+      EXPECT_NEAR(mla_score(s, 8, m, h, xt, xs, 900, 23), gqa_score(s, w, h, xt, xs, 900, 23), 1e-4) << h;
+  }
+}
+
+// A channel that loses its rotation has its constant instead: a layer whose rotary key is empty of it shows z alone.
+TEST(ConvertLayer, LostRotationsBecomeTheirConstants) {
+  GqaMatrices w = random_weights(shape, 21);
+  // Group 1 has pair 3 alone, faint, and independent of group 0's, which takes the rotary key's pair 3.
+  for (int64_t p = 0; p < 3; ++p)
+    for (int64_t j = 0; j < shape.hidden; ++j) w.k(8 + p, j) = w.k(12 + p, j) = 0;
+  for (int64_t j = 0; j < shape.hidden; ++j) {
+    w.k(3, j) *= j < 10 ? 1 : 0, w.k(7, j) *= j < 10 ? 1 : 0;
+    w.k(11, j) *= j < 10 ? 0 : 0.1, w.k(15, j) *= j < 10 ? 0 : 0.1;
+  }
+  LayerMoments moments = random_moments(shape, 25, true);
+  moments.inputs = identity(shape.hidden);
+  LayerOptions o = full(shape, 8);
+  o.metric = false;
+  const MlaMatrices m = convert_layer(shape, w, moments, o, eps);
+  const auto xt = random_vector(shape.hidden, 27), xs = random_vector(shape.hidden, 28);
+  const std::vector<double> q = times(w.q, xt), k = times(w.k, xs);
+  for (int64_t h : {2, 3}) {
+    const std::complex<double> z = moments.constants[size_t(h * 4 + 3)], qc(q[size_t(h * 8 + 3)], q[size_t(h * 8 + 7)]), kc(k[11], k[15]);
+    const double wanted = (std::conj(qc) * z * kc).real() / std::sqrt(8.0);
+    EXPECT_NEAR(mla_score(shape, 8, m, h, xt, xs, 40, 2), wanted, 1e-4) << h;
+  }
+}
+
+TEST(ConvertLayer, TheNormIsHarmlessWithAConstantChannel) {
+  const GqaMatrices w = random_weights(shape, 31);
+  const LayerMoments moments = random_moments(shape, 35, true);
+  LayerOptions o = full(shape, 4);
+  o.kv_lora_rank = 12;
+  const auto distance = [&](LatentNorm norm, double scale) {
+    o.latent_norm = norm;
+    o.kv_lora_rank = norm == LatentNorm::scale ? 11 : 12;  // as many elements for keys and values
+    const MlaMatrices m = convert_layer(shape, w, moments, o, eps);
+    double worst = 0, largest = 0;
+    for (uint64_t seed = 0; seed < 20; ++seed) {
+      std::vector<double> x = random_vector(shape.hidden, 40 + seed);
+      for (double& v : x) v *= scale;
+      // Without the norm, W_UK and W_UV meet the latent itself; kv_b has what the norm's weight lacks.
+      const std::vector<double> latent = normed_latent(m, x), row = times(m.kv_a, x);
+      const double factor = [&] {
+        double near = 0, squares = 0;
+        for (size_t i = 0; i < 11; ++i) near += latent[i] * row[i], squares += row[i] * row[i];
+        return near / squares;
+      }();
+      for (size_t i = 0; i < 11; ++i)
+        worst = std::max(worst, std::fabs(latent[i] / factor - row[i])), largest = std::max(largest, std::fabs(row[i]));
+      worst = std::max(worst, largest * std::fabs(factor - (norm == LatentNorm::scale ? 1 : factor)));
+      if (norm == LatentNorm::constant) {
+        EXPECT_EQ(latent[11], 0);  // nothing of it in the cache
+        double rms = 0;
+        for (size_t i = 0; i < 12; ++i) rms += std::pow(row[i] + m.kv_a_bias[i], 2);
+        EXPECT_NEAR(std::sqrt(rms / 12 + eps) / (m.kv_a_bias[11] / std::sqrt(12.0)), 1, 1e-4);
+      }
+    }
+    return worst / largest;
+  };
+  EXPECT_LT(distance(LatentNorm::constant, 1), 1e-5);
+  EXPECT_LT(distance(LatentNorm::constant, 8), 1e-4);  // inputs far from what was calibrated
+  EXPECT_GT(distance(LatentNorm::scale, 1), 1e-2);
+}
+
+// With less rank than channels, the metric makes the scores nearer than no metric does, and activations nearer than none.
+TEST(ConvertLayer, WeightsBringScoresAndValuesNearer) {
+  const GqaMatrices w = random_weights(shape, 51);
+  GqaMatrices skewed = w;
+  for (int64_t i = 0; i < skewed.q.rows; ++i)
+    for (int64_t j = 0; j < shape.hidden; ++j) skewed.q(i, j) *= i % 8 < 2 ? 4 : 0.2;
+  LayerMoments moments = random_moments(shape, 55, false);
+  const Matrix stretch = random_matrix(shape.hidden, 3, 56);
+  const Matrix few = multiply(stretch, stretch, Transposed::right);
+  for (size_t i = 0; i < few.data.size(); ++i) moments.inputs.data[i] = 0.01 * moments.inputs.data[i] + few.data[i];
+  const Matrix root = symmetric_power(moments.inputs, 0.5);
+  const auto missed = [&](bool activations, bool metric) {
+    LayerOptions o = full(shape, 2);
+    o.kv_lora_rank = 6;
+    o.activations = activations, o.metric = metric;
+    const MlaMatrices m = convert_layer(shape, skewed, moments, o, eps);
+    double sum = 0;
+    for (uint64_t seed = 0; seed < 50; ++seed) {
+      const auto xt = times(root, random_vector(shape.hidden, 60 + seed)), xs = times(root, random_vector(shape.hidden, 200 + seed));
+      for (int64_t h = 0; h < shape.heads; ++h)
+        sum += std::pow(mla_score(shape, 2, m, h, xt, xs, 0, 0) - gqa_score(shape, skewed, h, xt, xs, 0, 0), 2);
+    }
+    return sum;
+  };
+  const double none = missed(false, false), activations = missed(true, false), both = missed(true, true);
+  EXPECT_LT(activations, none);
+  EXPECT_LT(both, activations);
+}
+
+TEST(ConvertLayer, RefusesSizesThatDoNotFit) {
+  const auto refused = [](const std::function<void(LayerOptions&)>& change, const char* said) {
+    LayerOptions o = full(shape, 8);
+    change(o);
+    try {
+      check_layer_options(shape, o);
+      FAIL() << said;
+    } catch (const Error& e) {
+      EXPECT_EQ(e.kind(), ErrorKind::input);
+      EXPECT_NE(std::string(e.what()).find(said), std::string::npos) << e.what();
+    }
+  };
+  for (int64_t d_R : {0, 1, 3, 6, 16, -2}) refused([&](LayerOptions& o) { o.qk_rope_head_dim = d_R; }, "rotary width");
+  refused([](LayerOptions& o) { o.kv_lora_rank = 1; }, "too small");
+  refused([](LayerOptions& o) { o.kv_lora_rank = 22; }, "more than full rank");
+  refused([](LayerOptions& o) { o.value_share = 0; }, "above 0");
+}
+
+}  // namespace
+}  // namespace mla::test
