@@ -77,9 +77,9 @@ int64_t elements_left(const std::string& cut, int64_t whole) {
 
 void choose_sizes(const Arguments& a, const Config& c, ConvertOptions& o) {
   const int64_t whole = c.kv_layout().row();
+  if (a.rank < 0 || a.rope_dim < 0) fail_input("--kv-lora-rank is {} and --rope-dim {}; both must be positive", a.rank, a.rope_dim);
   if ((a.rank > 0) == !a.cut.empty())
     fail_input("give either --kv-lora-rank (with --rope-dim) or --cut, the share of the cache that should go");
-  if (a.rank < 0 || a.rope_dim < 0) fail_input("--kv-lora-rank is {} and --rope-dim {}; both must be positive", a.rank, a.rope_dim);
   const int64_t left = a.rank > 0 ? a.rank + a.rope_dim : elements_left(a.cut, whole);
   // A wide rotary key is worth its room down to half of the cache; below, half of the frequencies, folded, serve better.
   o.layer.qk_rope_head_dim = a.rope_dim > 0 ? a.rope_dim : 2 * left >= whole || c.head_dim % 4 != 0 ? c.head_dim : c.head_dim / 2;

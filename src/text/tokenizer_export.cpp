@@ -54,10 +54,20 @@ Json settings(const Tokenizer::GgufVocabulary& v) {
     if (id >= 0 && size_t(id) < v.tokens.size()) out[key] = v.tokens[size_t(id)];
   };
   name("bos_token", v.bos), name("eos_token", v.eos), name("unk_token", v.unknown);
-  if (v.add_bos) out["add_bos_token"] = *v.add_bos;
-  if (v.add_eos) out["add_eos_token"] = *v.add_eos;
   if (!v.chat_template.empty()) out["chat_template"] = v.chat_template;
   return out;
+}
+
+// BOS in front of a text, as Llama 3's vocabularies have it if their file does not say otherwise.
+Json post_processor(const Tokenizer::GgufVocabulary& v) {
+  if (!v.add_bos.value_or(v.pre.starts_with("llama")) || v.bos < 0) return nullptr;
+  const std::string& bos = v.tokens.at(size_t(v.bos));
+  const auto piece = [](const char* kind, const std::string& id, int type) { return Json{{kind, {{"id", id}, {"type_id", type}}}}; };
+  return {{"type", "TemplateProcessing"},
+          {"single", Json::array({piece("SpecialToken", bos, 0), piece("Sequence", "A", 0)})},
+          {"pair", Json::array({piece("SpecialToken", bos, 0), piece("Sequence", "A", 0), piece("SpecialToken", bos, 1),
+                                piece("Sequence", "B", 1)})},
+          {"special_tokens", {{bos, {{"id", bos}, {"ids", Json::array({v.bos})}, {"tokens", Json::array({bos})}}}}}};
 }
 
 }  // namespace
@@ -74,7 +84,7 @@ std::optional<TokenizerFiles> export_tokenizer(const Tokenizer::GgufVocabulary& 
                        {"added_tokens", added_tokens(v)},
                        {"normalizer", composes ? Json{{"type", "NFC"}} : Json()},
                        {"pre_tokenizer", pre},
-                       {"post_processor", nullptr},
+                       {"post_processor", post_processor(v)},
                        {"decoder", byte_level(true)},
                        {"model",
                         {{"type", "BPE"},

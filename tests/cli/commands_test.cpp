@@ -7,8 +7,8 @@
 namespace mla::test {
 namespace {
 
-const std::vector<std::string> commands{"run",      "chat", "eval",    "inspect",  "compare", "bench",
-                                        "quantize", "init", "lowrank", "tokenize", "logits",  "doctor"};
+const std::vector<std::string> commands{"run",  "chat",    "eval",    "inspect",  "compare", "bench", "quantize",
+                                        "init", "convert", "lowrank", "tokenize", "logits",  "doctor"};
 
 std::string path(const std::string& name) { return (scratch() / name).string(); }
 std::string model(const std::string& name) { return golden(name).string(); }
@@ -452,6 +452,68 @@ TEST(LowRank, TakesTensorsOfSafetensorsAndModels) {
   const Outcome ours = run({"lowrank", model("llama3"), "--tensor", "layers.0.attn.q", "--rank", "4", "--json"});
   ASSERT_EQ(ours.code, 0) << ours.err;
   EXPECT_EQ(raw.json()["singular_values"], ours.json()["singular_values"]);
+}
+
+// A small llama with a byte vocabulary, and a text of a thousand tokens.
+std::string gqa_model() {
+  const std::string file = path("gqa.gguf");
+  if (fs::exists(file)) return file;
+  write_text(path("gqa.json"),
+             R"({"model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+                 "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048})");
+  const Outcome o = run({"init", path("gqa.json"), "-o", file, "--type", "f32"});
+  EXPECT_EQ(o.code, 0) << o.err;
+  std::string text;
+  for (int i = 0; text.size() < 2000; ++i) text += "Line " + std::to_string(i * i) + " says nothing of note.\n";
+  write_text(path("calibration.txt"), text);
+  return file;
+}
+
+TEST(Convert, WritesAModelThatRunsAndSaysWhatItKeeps) {
+  const std::string file = gqa_model();
+  const std::string out = path("converted");
+  const Outcome o =
+      run({"convert", file, "-o", out, "--cut", "50%", "--calibrate", path("calibration.txt"), "--calibration-window", "64", "--json"});
+  ASSERT_EQ(o.code, 0) << o.err;
+  const Json json = o.json();
+  EXPECT_EQ(json["kv_lora_rank"], 16);
+  EXPECT_EQ(json["qk_rope_head_dim"], 16);
+  EXPECT_EQ(json["cache_elements_before"], 64);
+  EXPECT_EQ(json["cache_elements_after"], 32);
+  for (const char* field : {"perplexity_before", "perplexity_after", "seconds"}) EXPECT_GT(json[field].get<double>(), 0) << field;
+  EXPECT_GE(json["kl"].get<double>(), 0);
+  const Json config = Json::parse(read_text(fs::path(out) / "config.json"));
+  EXPECT_EQ(config["model_type"], "deepseek_v2");
+  EXPECT_NE(read_text(fs::path(out) / "README.md").find("| preset | mla |"), std::string::npos);
+  // The tokenizer came along, and both forms of attention agree.
+  for (const char* form : {"absorbed", "expanded"}) {
+    const Outcome written = run({"run", out, "-p", "Line 4", "-n", "8", "--attention", form, "--kv-type", "f32", "--json"});
+    ASSERT_EQ(written.code, 0) << written.err;
+    EXPECT_EQ(written.json()["ids"].size(), 8U);
+  }
+  for (const auto& entry : fs::directory_iterator(scratch())) EXPECT_EQ(entry.path().filename().string().find(".draft"), std::string::npos);
+
+  const Outcome again = run({"convert", file, "-o", out, "--kv-lora-rank", "9", "--rope-dim", "8", "--calibrate", path("calibration.txt"),
+                             "--calibration-window", "64", "--preset", "transmla", "--type", "f32", "--force"});
+  ASSERT_EQ(again.code, 0) << again.err;
+  EXPECT_NE(again.out.find("64 → 17 elements"), std::string::npos) << again.out;
+  EXPECT_NE(read_text(fs::path(out) / "README.md").find("| preset | transmla |"), std::string::npos);
+}
+
+TEST(Convert, AnInterruptedRunLeavesTheTargetAsItWas) {
+  const std::string file = gqa_model();
+  fs::create_directories(path("kept"));
+  write_text(path("kept/config.json"), "{}");
+  std::string text;
+  for (int i = 0; text.size() < 300000; ++i) text += "Word " + std::to_string(i) + " ";
+  write_text(path("long.txt"), text);
+  const Outcome o = run(Call{
+      {"convert", file, "-o", path("kept"), "--cut", "50%", "--calibrate", path("long.txt"), "--calibration-tokens", "300000", "--force"},
+      {},
+      [calls = 0](const Outcome&) mutable { return ++calls > 20; }});
+  EXPECT_EQ(o.code, 130) << o.err;
+  EXPECT_EQ(read_text(path("kept/config.json")), "{}");
+  for (const auto& entry : fs::directory_iterator(scratch())) EXPECT_EQ(entry.path().filename().string().find(".draft"), std::string::npos);
 }
 
 }  // namespace

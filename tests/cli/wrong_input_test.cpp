@@ -176,5 +176,44 @@ TEST_F(WrongInput, LowRank) {
   expect_refused({"lowrank", path("matrix.npy"), "--rank", "1", "--svg", "no/such/folder/x.svg"}, {"--svg", "no folder"});
 }
 
+TEST_F(WrongInput, Convert) {
+  write_text(path("gqa.json"),
+             R"({"model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+                 "num_attention_heads": 4, "num_key_value_heads": 2})");
+  ASSERT_EQ(run({"init", path("gqa.json"), "-o", path("gqa.gguf"), "--type", "f32"}).code, 0);
+  const std::string gqa = path("gqa.gguf"), out = path("out");
+  const auto refused = [&](std::vector<std::string> more, const std::vector<std::string>& said) {
+    more.insert(more.begin(), {"convert", gqa, "-o", out, "--calibrate", path("text.txt")});
+    expect_refused(more, said);
+    EXPECT_FALSE(fs::exists(out));
+  };
+  refused({}, {"--kv-lora-rank", "--cut"});
+  refused({"--cut", "50%", "--kv-lora-rank", "8"}, {"either"});
+  refused({"--cut", "half"}, {"--cut is \"half\"", "68.75%"});
+  refused({"--cut", "100%"}, {"--cut is"});
+  refused({"--cut", "99%"}, {"too small"});
+  refused({"--kv-lora-rank", "60"}, {"no less than the 64"});
+  refused({"--kv-lora-rank", "16", "--rope-dim", "6"}, {"rotary width of 6"});
+  refused({"--kv-lora-rank", "16", "--rope-dim", "32"}, {"rotary width of 32"});
+  refused({"--kv-lora-rank", "-4"}, {"--kv-lora-rank is -4"});
+  refused({"--cut", "50%", "--method", "lu"}, {"--method is \"lu\""});
+  refused({"--cut", "50%", "--preset", "best"}, {"--preset is \"best\""});
+  refused({"--cut", "50%", "--refit", "all"}, {"--refit is \"all\"", "drift"});
+  refused({"--cut", "50%", "--latent-norm", "no"}, {"--latent-norm is \"no\""});
+  refused({"--cut", "50%", "--value-share", "-1"}, {"-1"});
+  refused({"--cut", "50%", "--type", "q8_0"}, {"bf16 or f32"});
+  refused({"--cut", "50%"}, {"10 tokens", "512"});  // the text is shorter than a window
+  expect_refused({"convert", gqa, "-o", out, "--cut", "50%"}, {"--calibrate is missing"});
+  expect_refused({"convert", model(), "-o", out, "--cut", "50%", "--calibrate", path("text.txt")}, {"latent attention already"});
+  expect_refused({"convert", golden("qwen2").string(), "-o", out, "--cut", "20%", "--calibrate", path("text.txt")}, {"has a bias"});
+  fs::create_directories(path("full"));
+  write_text(path("full/config.json"), "{}");
+  expect_refused({"convert", gqa, "-o", path("full"), "--cut", "50%", "--calibrate", path("text.txt")}, {"--force"});
+  fs::create_directories(path("photos"));
+  write_text(path("photos/a.jpg"), "x");
+  expect_refused({"convert", gqa, "-o", path("photos"), "--cut", "50%", "--calibrate", path("text.txt"), "--force"}, {"something else"});
+  expect_refused({"convert", gqa, "-o", path("no/such/out"), "--cut", "50%", "--calibrate", path("text.txt")}, {"no folder"});
+}
+
 }  // namespace
 }  // namespace mla::test

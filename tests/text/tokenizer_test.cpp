@@ -3,6 +3,7 @@
 #include "core/check.h"
 #include "text/bpe.h"
 #include "text/regex.h"
+#include "text/tokenizer_export.h"
 #include "text/unicode.h"
 
 #include <gtest/gtest.h>
@@ -388,6 +389,46 @@ TEST(TokenizerGguf, SaysWhatIsWrong) {
   EXPECT_HAS(with([](Gguf& g) { g.model = "bert"; }), "gpt2");
   EXPECT_HAS(with([](Gguf& g) { g.model = "gpt2", g.pre = "klingon"; }), "deepseek-llm");
   EXPECT_HAS(with([](Gguf& g) { g.model = "gpt2", g.merges = {"a zzz"}; }), "not in the vocabulary");
+}
+
+// A vocabulary of all bytes and a few merges, as a GGUF brings it.
+Tokenizer::GgufVocabulary gguf_vocabulary(const char* pre) {
+  Tokenizer::GgufVocabulary v;
+  v.model = "gpt2", v.pre = pre;
+  const Tokenizer& alphabet = bytes();
+  for (int32_t id = 0; id < alphabet.vocab_size(); ++id) v.tokens.emplace_back(alphabet.token(id));
+  for (const std::string merge : {"t h", "th e", "Ġ the", "1 2"}) {
+    std::string whole = merge;
+    whole.erase(whole.find(' '), 1);
+    if (std::find(v.tokens.begin(), v.tokens.end(), whole) == v.tokens.end()) v.tokens.push_back(whole);
+    v.merges.push_back(merge);
+  }
+  v.types.assign(v.tokens.size(), 1);
+  v.tokens.push_back("<|end|>"), v.types.push_back(3);
+  v.bos = v.eos = int32_t(v.tokens.size()) - 1;
+  v.chat_template = "{{ messages }}";
+  return v;
+}
+
+TEST(Export, AGgufsTokenizerComesBackFromItsFiles) {
+  for (const char* pre : {"gpt-2", "smollm", "llama-bpe", "qwen2"}) {
+    const Tokenizer original = Tokenizer::from_gguf(gguf_vocabulary(pre));
+    const auto files = mla::export_tokenizer(gguf_vocabulary(pre));
+    ASSERT_TRUE(files) << pre;
+    const Tokenizer back = Tokenizer::from_json(files->tokenizer, files->tokenizer_config);
+    EXPECT_EQ(back.vocab_size(), original.vocab_size()) << pre;
+    EXPECT_EQ(back.bos(), original.bos());
+    EXPECT_EQ(back.chat_template(), original.chat_template());
+    for (const char* text : {"the theme of the 12 others, 1234!", "  spaces\n\nand CRLF\r\n", "Ünïcödé 東京 I'LL they'll", "<|end|> the"})
+      EXPECT_EQ(back.encode(text, true, true), original.encode(text, true, true)) << pre << ": " << text;
+  }
+}
+
+TEST(Export, VocabulariesOfOtherKindsAreLeftOut) {
+  EXPECT_FALSE(mla::export_tokenizer(gguf_vocabulary("deepseek-llm")));
+  auto v = gguf_vocabulary("gpt-2");
+  v.model = "llama";
+  EXPECT_FALSE(mla::export_tokenizer(v));
 }
 
 }  // namespace
