@@ -76,7 +76,7 @@ Matrix Sums::gram() const {
   return whole;
 }
 
-ConstantSums::ConstantSums(const GqaShape& shape, std::vector<double> frequencies, int64_t window, Constant which)
+ConstantSums::ConstantSums(const GqaShape& shape, const std::vector<double>& frequencies, int64_t window, Constant which)
     : shape_(shape), window_(window), weighted_(which == Constant::least_squares) {
   for (int64_t t = 0; t < window; ++t)
     for (double f : frequencies) {

@@ -50,7 +50,7 @@ class Sums {
 // For each query head and rotary pair, the constant that stands best for e^{iθ(s−t)} under the attention of a GQA layer.
 class ConstantSums {
  public:
-  ConstantSums(const GqaShape& shape, std::vector<double> frequencies, int64_t window, Constant which);
+  ConstantSums(const GqaShape& shape, const std::vector<double>& frequencies, int64_t window, Constant which);
   // One window: q f32 [T, h, d] and k f32 [T, g, d], rotated, rows strided as given.
   void add(const Tensor& q, const Tensor& k, float scale);
   std::vector<std::complex<double>> constants() const;

@@ -205,24 +205,28 @@ json rope_scaling_json(const RopeScaling& s) {
 }
 
 json deepseek_json(const Config& c) {
-  return {{"kv_lora_rank", c.kv_lora_rank},
-          {"q_lora_rank", c.q_lora_rank > 0 ? json(c.q_lora_rank) : json(nullptr)},
-          {"qk_nope_head_dim", c.qk_nope_head_dim},
-          {"qk_rope_head_dim", c.qk_rope_head_dim},
-          {"v_head_dim", c.v_head_dim},
-          {"head_dim", c.qk_rope_head_dim},
-          {"n_routed_experts", c.n_routed_experts > 0 ? json(c.n_routed_experts) : json(nullptr)},
-          {"n_shared_experts", c.n_shared_experts > 0 ? json(c.n_shared_experts) : json(nullptr)},
-          {"num_experts_per_tok", c.num_experts_per_tok},
-          {"moe_intermediate_size", c.moe_intermediate_size},
-          {"first_k_dense_replace", c.first_k_dense_replace},
-          {"moe_layer_freq", c.moe_layer_freq},
-          {"n_group", c.n_group},
-          {"topk_group", c.topk_group},
-          {"topk_method", c.topk_method == Gating::greedy ? "greedy" : "group_limited_greedy"},
-          {"scoring_func", "softmax"},
-          {"norm_topk_prob", c.norm_topk_prob},
-          {"routed_scaling_factor", c.routed_scaling_factor}};
+  json j = {{"kv_lora_rank", c.kv_lora_rank},
+            {"q_lora_rank", c.q_lora_rank > 0 ? json(c.q_lora_rank) : json(nullptr)},
+            {"qk_nope_head_dim", c.qk_nope_head_dim},
+            {"qk_rope_head_dim", c.qk_rope_head_dim},
+            {"v_head_dim", c.v_head_dim},
+            {"head_dim", c.qk_rope_head_dim},
+            {"n_routed_experts", c.n_routed_experts},
+            {"n_shared_experts", c.n_shared_experts},
+            {"num_experts_per_tok", c.num_experts_per_tok},
+            {"moe_intermediate_size", c.moe_intermediate_size},
+            {"first_k_dense_replace", c.first_k_dense_replace},
+            {"moe_layer_freq", c.moe_layer_freq},
+            {"n_group", c.n_group},
+            {"topk_group", c.topk_group},
+            {"topk_method", c.topk_method == Gating::greedy ? "greedy" : "group_limited_greedy"},
+            {"scoring_func", "softmax"},
+            {"norm_topk_prob", c.norm_topk_prob},
+            {"routed_scaling_factor", c.routed_scaling_factor}};
+  // transformers wants numbers here, and where first_k_dense_replace leaves no layer of experts its defaults do no harm.
+  if (c.n_routed_experts == 0)
+    for (const char* key : {"n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size"}) j.erase(key);
+  return j;
 }
 
 }  // namespace
