@@ -53,11 +53,11 @@ ConvertOptions preset_options(const std::string& preset) {
   ConvertOptions o;
   if (preset == "mla") return o;
   if (preset != "transmla" && preset != "mha2mla") fail_input("--preset is \"{}\"; known are mla, transmla and mha2mla", preset);
-  // Published pipelines, as far as a DeepSeek-V2 checkpoint can express them: one calibrated scale against the norm, nothing refitted.
+  // Published pipelines, as far as a DeepSeek-V2 checkpoint can express them: nothing is refitted. Their own model code has no norm on the
+  // latent, so they get the constant channel that makes it harmless; with one calibrated scale they would be far worse.
   o.layer.constant = Constant::one;
   o.layer.metric = false;
   o.layer.value_share = 1;
-  o.layer.latent_norm = LatentNorm::scale;
   o.sequential = false;
   o.refit = Refit::none;
   o.refit_down = false;
@@ -136,11 +136,9 @@ void check_target(const Arguments& a) {
 }
 
 std::vector<SideFile> tokenizer_files(const Checkpoint& checkpoint) {
-  std::vector<SideFile> files;
-  if (checkpoint.format() == Format::hf) {
-    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "generation_config.json"})
-      if (auto text = checkpoint.text(name)) files.push_back({name, std::move(*text)});
-  } else if (auto exported = export_tokenizer(gguf_vocabulary(checkpoint))) {
+  std::vector<SideFile> files = text_files(checkpoint);
+  if (checkpoint.format() != Format::gguf) return files;
+  if (auto exported = export_tokenizer(gguf_vocabulary(checkpoint))) {
     files.push_back({"tokenizer.json", std::move(exported->tokenizer)});
     files.push_back({"tokenizer_config.json", std::move(exported->tokenizer_config)});
   }

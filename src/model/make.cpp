@@ -222,16 +222,21 @@ Made quantize_model(const Checkpoint& checkpoint, const fs::path& out, DType typ
   return summary(plans, std::move(notes));
 }
 
+std::vector<SideFile> text_files(const Checkpoint& checkpoint) {
+  std::vector<SideFile> files;
+  if (checkpoint.format() != Format::hf) return files;
+  for (const char* name : {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"})
+    if (auto text = checkpoint.text(name)) files.push_back({name, std::move(*text)});
+  return files;
+}
+
 Made export_hf(const Checkpoint& checkpoint, const fs::path& folder, DType type, Threads& threads, const Progress& progress) {
   check_hf_type(type);
   Config config = read_config(checkpoint);
   if (const StoredTensor* divisors = checkpoint.find("rope_freqs")) recover_llama3(config, *divisors);
   std::vector<std::string> notes;
   const std::vector<TensorPlan> plans = plan_tensors(config, Format::hf, type, biases_of(checkpoint), notes);
-  std::vector<SideFile> files;
-  for (const char* name : {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"})
-    if (checkpoint.format() == Format::hf)
-      if (auto text = checkpoint.text(name)) files.push_back({name, std::move(*text)});
+  const std::vector<SideFile> files = text_files(checkpoint);
   if (checkpoint.format() == Format::gguf) notes.emplace_back("the GGUF's vocabulary is not exported; the folder runs on token ids");
   json hf = to_hf_config(config);
   hf["torch_dtype"] = type == DType::f32 ? "float32" : type == DType::f16 ? "float16" : "bfloat16";

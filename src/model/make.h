@@ -36,6 +36,9 @@ Made quantize_model(const Checkpoint& checkpoint, const std::filesystem::path& o
 Made export_hf(const Checkpoint& checkpoint, const std::filesystem::path& folder, DType type, Threads& threads,
                const Progress& progress = {});
 
+// The tokenizer's files in an HF folder, its chat template and what ends a text; none of a GGUF.
+std::vector<SideFile> text_files(const Checkpoint& checkpoint);
+
 // What a folder has instead of the checkpoint's own: the configuration, tensors under our names, the files beside them.
 struct Replacement {
   Config config;

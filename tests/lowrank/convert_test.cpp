@@ -233,6 +233,9 @@ TEST_F(ConvertModel, WhatCannotBeConvertedIsRefusedBeforeWork) {
   refused(plain, sized(24, 6), "rotary width");
   refused(plain, sized(80, 8), "more than full rank");
   refused(converted(plain, o), o, "latent attention already");
+  Replacement broken{llama(2), {{"layers.1.attn.v", std::vector<float>(32 * 48, std::nanf(""))}}, {}};
+  export_hf(plain, broken, folder_.path / "nan", DType::f32, device_->threads());
+  refused(Checkpoint::open(folder_.path / "nan"), o, "layers.1.attn.v holds nan");
   calibration_.resize(31);
   refused(plain, o, "31 tokens");
 }

@@ -1,8 +1,8 @@
-"""Writes tests/data/text-b.txt, the first book of Samuel and on in the King James Bible, from Debian's packages bible-kjv and bible-kjv-text,
-and tests/data/text-c.txt, the first chapters of the Debian Reference, from debian-reference-en.
+"""Writes what conversions are calibrated on and measured on: tests/data/calibration.txt, pieces of text-a.txt and of the Jargon File in turns,
+text-b.txt, the books of Samuel in the King James Bible, and text-c.txt, the first chapters of the Debian Reference.
 
-    apt-get download bible-kjv bible-kjv-text debian-reference-en && for p in *.deb; do dpkg -x $p unpacked; done
-    python texts_bc.py unpacked
+    apt-get download jargon-text bible-kjv bible-kjv-text debian-reference-en && for p in *.deb; do dpkg -x $p unpacked; done
+    python texts.py unpacked
 """
 
 import gzip
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 BYTES = 150_000  # and on to the end of the paragraph
+PIECE, PIECES = 2_200, 45  # of the calibration text, characters, from each source
 DATA = Path(__file__).resolve().parents[2] / "tests/data"
 
 
@@ -23,6 +24,16 @@ def write(name, paragraphs):
         if len(text.encode()) > BYTES:
             break
     (DATA / name).write_text(text.rstrip() + "\n")
+
+
+def calibration(root):
+    """Pieces of both texts in turns, so that any length of it is of both kinds."""
+    jargon = gzip.decompress((root / "usr/share/doc/jargon-text/jargon.txt.gz").read_bytes()).decode(errors="replace")
+    paragraphs = (" ".join(p.split()) for p in jargon.split("\n\n"))
+    long = [p for p in paragraphs if len(p) > 200][20:]
+    novel, lexicon = (DATA / "text-a.txt").read_text(), "\n\n".join(long)
+    cut = [text[at : at + PIECE] for at in range(0, PIECES * PIECE, PIECE) for text in (novel, lexicon)]
+    (DATA / "calibration.txt").write_text("\n\n".join(cut))
 
 
 def bible(root):
@@ -47,6 +58,7 @@ def reference(root):
 
 def main():
     root = Path(sys.argv[1]).resolve()
+    calibration(root)
     write("text-b.txt", bible(root))
     write("text-c.txt", reference(root))
 
