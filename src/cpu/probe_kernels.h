@@ -46,8 +46,13 @@ inline Vector run_chains(Vector start, int64_t rounds, Step step) {
 }
 
 double int8_ops(int64_t rounds) {
-  const bytes64 u = splat_bytes(unknown(uint8_t(3))), s = splat_bytes(unknown(uint8_t(5)));
-  keep(sum(to_f32(run_chains(splat_i32(1), rounds, [&](i32x16 x) { return dot_u8(x, u, s); }))));
+  bytes64 u = splat_bytes(unknown(uint8_t(3)));
+  const bytes64 s = splat_bytes(unknown(uint8_t(5)));
+  const auto step = [&](i32x16 x) {
+    renew(u);  // else products of the same factors are formed once
+    return dot_u8(x, u, s);
+  };
+  keep(sum(to_f32(run_chains(splat_i32(1), rounds, step))));
   return double(rounds) * 16 * chains * 64 * 2;
 }
 

@@ -17,7 +17,7 @@
 //   f32x16    splat, zero_f32, load(p), load(p, n) (zeros beyond n), store(p, x), store(p, x, n), + - * /, fma(a, b, c) = a·b + c,
 //             max, min, abs, sqrt, sum(x), top(x) over the lanes, where_less(a, b, x, y) = a < b ? x : y
 //   i32x16    splat_i32, load_i32(p), + -, shift_left<n>, shift_right<n> (arithmetic), to_f32, to_i32 (nearest even), scale_2(x, n) = x ·
-//   2^n u8x16     load_u8x16, & |, shift_right_u8<n>, widen_u8, widen_i8 (to f32x16) bytes64   load_bytes, splat_bytes, & |,
+//   2^n u8x16     load_u8x16, & |, shift_right_u8<n>, widen_u8, widen_i8 (to f32x16) bytes64   load_bytes, splat_bytes, renew, & |,
 //   shift_right_bits<n>, shift_left_bits<n> (on 16-bit units: mask afterwards) bf16x32   load_bf16x32, splat_bf16_pair(p), to_bf16x32(low,
 //   high), store_bf16x32, widen_even, widen_odd,
 //             interleave_low, interleave_high, pair_bf16(even, odd); transpose(f32x16[16]), sum_quads, sum_quarters
