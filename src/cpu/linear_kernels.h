@@ -30,7 +30,7 @@ struct Sums {
   static constexpr bool in_memory = T * G > vector_registers / 8;
   float* at;
   int64_t stride;
-  f32x16 own[in_memory ? 1 : T][G];
+  f32x16 own[T][G];  // unused where they are in memory
 
   Sums(float* out, int64_t out_stride) : at(out), stride(out_stride) {
     each([&](int t, int g) { set(t, g, zero_f32()); });
