@@ -204,8 +204,9 @@ inline void score_rows(const AttentionUnit& u, int head, const RowParts<T>& part
   const KvFormat& f = u.kv->format;
   const int64_t d_k = f.layout.d_k;
   for (int t = 0; t < n; t += 16) {
-    float quads[most_query_rows * 64] = {};
+    float quads[most_query_rows * 64];
     const int end = n - t < 16 ? n - t : 16;
+    if (end < 16) std::memset(quads, 0, size_t(u.rows) * 64 * sizeof(float));  // what no key writes
     for (int k = 0; k < end; k += rows_keys) {
       for (int i = t + k; i < t + k + rows_keys; ++i) {
         if (parts.keys_lie) {

@@ -9,7 +9,7 @@ import sys
 import zlib
 from pathlib import Path
 
-BYTES = 150_000  # and on to the end of the paragraph
+from texts import write
 
 
 def objects(data):
@@ -37,13 +37,7 @@ def main():
     book = next(book for book in books if book[0] == "NORTHANGER ABBEY")
     book = book[book.index("CHAPTER 1") :]
     paragraphs = "\n".join(book).split("\n\n")
-    text = ""
-    for paragraph in paragraphs:
-        if paragraph.strip():
-            text += " ".join(paragraph.split()) + "\n\n"
-        if len(text.encode()) > BYTES:
-            break
-    Path(__file__).resolve().parents[2].joinpath("tests/data/text-a.txt").write_text(text.rstrip() + "\n")
+    write("text-a.txt", paragraphs)
 
 
 if __name__ == "__main__":
