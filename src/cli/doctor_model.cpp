@@ -65,7 +65,7 @@ class Runs {
   LatentCache make_cache(int64_t sequences) const { return model_.make_cache(sequences * 256, DType::f32); }
 
   Tensor forward(std::span<const Chunk> chunks, LatentCache& cache) {
-    return model_.forward(chunks, cache, [](double) { throw_if_interrupted(); });
+    return model_.to_host(model_.forward(chunks, cache, [](double) { throw_if_interrupted(); }));
   }
 
   Logits row(const Tensor& logits, int64_t i) const {

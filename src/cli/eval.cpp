@@ -73,7 +73,7 @@ class Evaluation {
         bar.update(done, score_.scored > 0 ? fmt::format("perplexity {:.3f}", std::exp(score_.nll / double(score_.scored))) : "");
       });
       CHECK(logits.data, "the cache is full at {} of {} tokens", at, window_);
-      add(logits, window.subspan(size_t(at + 1), size_t(std::min(n, window_ - at - 1))));
+      add(session_.model().to_host(logits), window.subspan(size_t(at + 1), size_t(std::min(n, window_ - at - 1))));
       score_.tokens += n;
       score_.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count();
     }

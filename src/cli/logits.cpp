@@ -59,11 +59,12 @@ void logits(const LogitsOptions& o) {
       while (first < n && !is_wanted(first)) ++first;
       const auto which = first == n ? Chunk::Logits::none : first == n - 1 ? Chunk::Logits::last : Chunk::Logits::all;
       const Chunk chunk{sequence, std::span(ids).subspan(at, n), which};
-      const Tensor all = session.model().forward(std::span(&chunk, 1), cache, [&](double fraction) {
+      Tensor all = session.model().forward(std::span(&chunk, 1), cache, [&](double fraction) {
         throw_if_interrupted();
         bar.update((double(at) + fraction * double(n)) / double(ids.size()));
       });
       CHECK(cache.length(sequence) == int64_t(at + n), "the cache is full at {} of {} tokens", at, ids.size());
+      all = session.model().to_host(all);
       const size_t skipped = which == Chunk::Logits::last ? n - 1 : 0;
       for (size_t i = first; i < n; ++i)
         for (int64_t row : wanted[at + i])

@@ -29,7 +29,7 @@ double kilobytes(const std::string& name) {
 
 }  // namespace
 
-Memory memory() { return {kilobytes("MemTotal"), kilobytes("MemAvailable")}; }
+SystemMemory memory() { return {kilobytes("MemTotal"), kilobytes("MemAvailable")}; }
 
 std::string processor_name() {
   const std::string name = entry("/proc/cpuinfo", "model name");

@@ -6,11 +6,11 @@
 
 namespace mla {
 
-struct Memory {
+struct SystemMemory {
   double total_bytes = 0, available_bytes = 0;  // available: without swapping
 };
 
-Memory memory();
+SystemMemory memory();
 std::string processor_name();                    // "AMD EPYC 9R14"
 std::vector<std::string> instruction_sets();     // those that the kernels look for
 std::vector<std::string> graphics_processors();  // as their driver names them; needs no CUDA

@@ -44,7 +44,8 @@ Comparison compare_models(Model& before, Model& after, std::span<const int32_t> 
       const int64_t n = std::min(chunk, window - at), scored = std::min(n, window - at - 1);
       const auto part = text.subspan(size_t(at), size_t(n));
       const Chunk chunks[] = {{sequences[0], part, Chunk::Logits::all}, {sequences[1], part, Chunk::Logits::all}};
-      const Tensor a = before.forward({&chunks[0], 1}, caches[0]), b = after.forward({&chunks[1], 1}, caches[1]);
+      const Tensor a = before.to_host(before.forward({&chunks[0], 1}, caches[0]));
+      const Tensor b = after.to_host(after.forward({&chunks[1], 1}, caches[1]));
       CHECK(a.data && b.data, "no room in the cache for a window of {}", window);
       std::vector<Comparison> each(static_cast<size_t>(scored));
       before.device().threads().parallel(scored, [&](int64_t i, int) {

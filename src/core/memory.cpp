@@ -14,36 +14,62 @@ namespace {
 constexpr size_t page = 4096, huge_page = size_t(2) << 20, map_from = size_t(4) << 20;
 
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
-}  // namespace
 
-Buffer::Buffer(size_t bytes) : bytes_(bytes) {
-  if (bytes == 0) return;
-  if (bytes > SIZE_MAX / 2) fail("cannot reserve {} bytes", bytes);
-  mapped_ = bytes >= map_from;
-  if (!mapped_) {
-    data_ = static_cast<std::byte*>(std::aligned_alloc(64, round_up(bytes, 64)));
-    if (!data_) fail("out of memory: {} bytes asked for", bytes);
-    std::memset(data_, 0, bytes);
-    return;
+class HostMemory final : public Memory {
+ public:
+  Place place() const override { return Place::host; }
+
+  std::byte* take(size_t bytes) override {
+    if (bytes > SIZE_MAX / 2) fail("cannot reserve {} bytes", bytes);
+    if (bytes >= map_from) return map(bytes);
+    void* data = std::aligned_alloc(64, round_up(bytes, 64));
+    if (!data) fail("out of memory: {} bytes asked for", bytes);
+    std::memset(data, 0, bytes);
+    return static_cast<std::byte*>(data);
   }
+
+  void give_back(std::byte* data, size_t bytes) noexcept override {
+    if (bytes >= map_from)
+      munmap(data, round_up(bytes, page));
+    else
+      std::free(data);
+  }
+
+  void upload(const void* from, void* to, size_t bytes) override { copy(from, to, bytes); }
+  void download(const void* from, void* to, size_t bytes) override { copy(from, to, bytes); }
+  void copy(const void* from, void* to, size_t bytes) override {
+    if (bytes > 0) std::memcpy(to, from, bytes);
+  }
+
+ private:
   // One huge page more than asked for, so that the block can start on a boundary of one; the ends are given back, the last part of a huge
   // page too: over hundreds of weights it would come to hundreds of megabytes.
-  const size_t wanted = round_up(bytes, page), reserved = wanted + huge_page;
-  void* raw = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (raw == MAP_FAILED) fail("out of memory: {:.1f} MiB asked for", double(bytes) / (1 << 20));
-  auto start = reinterpret_cast<uintptr_t>(raw), aligned = round_up(start, huge_page);
-  if (aligned > start) munmap(raw, aligned - start);
-  if (start + reserved > aligned + wanted) munmap(reinterpret_cast<void*>(aligned + wanted), start + reserved - aligned - wanted);
-  data_ = reinterpret_cast<std::byte*>(aligned);
-  madvise(data_, wanted, MADV_HUGEPAGE);
+  static std::byte* map(size_t bytes) {
+    const size_t wanted = round_up(bytes, page), reserved = wanted + huge_page;
+    void* raw = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (raw == MAP_FAILED) fail("out of memory: {:.1f} MiB asked for", double(bytes) / (1 << 20));
+    auto start = reinterpret_cast<uintptr_t>(raw), aligned = round_up(start, huge_page);
+    if (aligned > start) munmap(raw, aligned - start);
+    if (start + reserved > aligned + wanted) munmap(reinterpret_cast<void*>(aligned + wanted), start + reserved - aligned - wanted);
+    auto* data = reinterpret_cast<std::byte*>(aligned);
+    madvise(data, wanted, MADV_HUGEPAGE);
+    return data;
+  }
+};
+
+}  // namespace
+
+Memory& host_memory() {
+  static HostMemory memory;
+  return memory;
+}
+
+Buffer::Buffer(size_t bytes, Memory& from) : bytes_(bytes), memory_(&from) {
+  if (bytes > 0) data_ = from.take(bytes);
 }
 
 Buffer::~Buffer() {
-  if (!data_) return;
-  if (mapped_)
-    munmap(data_, round_up(bytes_, page));
-  else
-    std::free(data_);
+  if (data_) memory_->give_back(data_, bytes_);
 }
 
 void* Arena::bytes(size_t n) {
@@ -57,7 +83,7 @@ void* Arena::bytes(size_t n) {
     ++block_;
     used_ = 0;
   }
-  blocks_.emplace_back(std::max(n, map_from));
+  blocks_.emplace_back(std::max(n, map_from), *memory_);
   block_ = blocks_.size() - 1;
   used_ = n;
   return blocks_.back().data();
@@ -67,6 +93,7 @@ Tensor Arena::tensor(DType dtype, std::initializer_list<int64_t> shape) {
   CHECK(!is_quantised(dtype), "the arena holds plain types, not {}", info(dtype).name);
   Tensor t = view(nullptr, dtype, shape);
   t.data = bytes(size_t(row_bytes(dtype, t.count())));
+  t.place = memory_->place();
   return t;
 }
 
@@ -75,7 +102,7 @@ void Arena::reset() {
   if (blocks_.size() > 1) {
     size_t total = held_bytes();
     blocks_.clear();
-    blocks_.emplace_back(total);
+    blocks_.emplace_back(total, *memory_);
   }
   block_ = used_ = 0;
 }
@@ -84,6 +111,16 @@ size_t Arena::held_bytes() const {
   size_t total = 0;
   for (const Buffer& b : blocks_) total += b.bytes();
   return total;
+}
+
+Tensor on_host(const Tensor& t, Memory& memory, std::vector<float>& storage) {
+  if (t.place == Place::host) return t;
+  CHECK(t.dtype == DType::f32 && t.contiguous(), "{} does not come to the host", describe(t));
+  storage.resize(size_t(t.count()));
+  memory.download(t.data, storage.data(), storage.size() * 4);
+  Tensor copy = t;
+  copy.data = storage.data(), copy.place = Place::host;
+  return copy;
 }
 
 }  // namespace mla

@@ -98,6 +98,11 @@ Ceilings CpuDevice::probe(double seconds) {
   return c;
 }
 
+void CpuDevice::step(const StepInputs& in, uint64_t, const std::function<void()>& issue) {
+  std::copy(in.cos_sin_from.begin(), in.cos_sin_from.end(), in.cos_sin.f32());
+  issue();
+}
+
 void CpuDevice::store(Tensor rows, std::span<const int64_t> slots, const Kv& kv) { cpu_store(*this, rows, slots, kv); }
 
 void CpuDevice::load(const Kv& kv, const Span& span, int64_t first, Tensor rows) { cpu_load(*this, kv, span, first, rows); }

@@ -16,6 +16,8 @@ class CpuDevice final : public Device {
 
   std::string describe() const override;
   Threads& threads() override { return threads_; }
+  Memory& memory() override { return host_memory(); }
+  void step(const StepInputs& in, uint64_t key, const std::function<void()>& issue) override;
   Ceilings probe(double seconds) override;
   Weight pack(std::span<const Tensor> pieces) override;
   void embed(std::span<const int32_t> ids, const Weight& w, Tensor out) override;

@@ -1,10 +1,12 @@
 // The whole contract between models and machines: every operation of inference, with a shape on each argument.
-// Activations are f32 on the CPU. Operations check shapes on entry and raise Error; none allocates what grows with the model.
+// Activations are f32. Tensors lie in the device's memory; spans, ids and slots on the host, and weights come from there. Operations check
+// shapes on entry and raise Error; none allocates what grows with the model. What they wrote is on the host after Memory::download.
 #pragma once
 
 #include "core/memory.h"
 #include "device/attention.h"
 
+#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <span>
@@ -66,10 +68,23 @@ struct Ceilings {
   double read_gb_s = 0, int8_gop_s = 0, bf16_gflop_s = 0, f32_gflop_s = 0;
 };
 
+// What the host gives a step's operations. It stays as it is, and where it is, until the step has been issued.
+struct StepInputs {
+  std::span<const int32_t> ids;         // of embed
+  std::span<const int64_t> slots;       // of store
+  Spans spans;                          // of attend, with the pages they name
+  std::span<const float> cos_sin_from;  // of rope: copied to
+  Tensor cos_sin;
+};
+
 class Device {
  public:
   virtual ~Device() = default;
   Activations activations = Activations::i8;
+  virtual Memory& memory() = 0;
+  // Runs `issue`, which calls the operations of a step. A key other than 0 promises that every step with this key issues the same
+  // operations on the same memory, the contents of `in` aside, so that a device may repeat what it recorded and not call `issue`.
+  virtual void step(const StepInputs& in, uint64_t key, const std::function<void()>& issue) = 0;
   virtual std::string describe() const = 0;  // "CPU, avx512-bf16, 2 threads"
   virtual Threads& threads() = 0;
   virtual Ceilings probe(double seconds) = 0;  // measures for about `seconds`

@@ -3,7 +3,6 @@
 
 #include "core/check.h"
 
-#include <cstring>
 #include <utility>
 
 namespace mla {
@@ -43,11 +42,12 @@ int32_t pages_for(int64_t tokens) {
 }
 }  // namespace
 
-LatentCache::LatentCache(int layers, KvFormat format, int64_t tokens)
+LatentCache::LatentCache(int layers, KvFormat format, int64_t tokens, Memory& memory)
     : layers_(layers),
       format_(format),
       pool_(pages_for(tokens)),
-      memory_(size_t(layers) * size_t(pool_.size()) * page_tokens * size_t(format.row_bytes())) {}
+      source_(&memory),
+      memory_(size_t(layers) * size_t(pool_.size()) * page_tokens * size_t(format.row_bytes()), memory) {}
 
 const LatentCache::Sequence& LatentCache::at(int sequence) const {
   CHECK(sequence >= 0 && size_t(sequence) < sequences_.size() && sequences_[size_t(sequence)].open, "no sequence {}", sequence);
@@ -67,7 +67,7 @@ int LatentCache::open() {
 void LatentCache::copy_page(int32_t from, int32_t to) {
   for (int l = 0; l < layers_; ++l) {
     const Kv kv = layer(l);
-    std::memcpy(kv.row(to, 0), kv.row(from, 0), size_t(kv.page_bytes));
+    source_->copy(kv.row(from, 0), kv.row(to, 0), size_t(kv.page_bytes));
   }
 }
 

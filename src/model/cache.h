@@ -30,7 +30,7 @@ class LatentCache {
   static constexpr int page_tokens = 64;
 
   // Room for `tokens` tokens in all, rounded up to pages. Memory is touched when it is first written.
-  LatentCache(int layers, KvFormat format, int64_t tokens);
+  LatentCache(int layers, KvFormat format, int64_t tokens, Memory& memory = host_memory());
 
   int open();              // a new empty sequence; its number
   int fork(int sequence);  // a copy that shares full pages; a partly filled last page is copied. -1: no pages left
@@ -61,6 +61,7 @@ class LatentCache {
   int layers_;
   KvFormat format_;
   PagePool pool_;
+  Memory* source_;
   Buffer memory_;
   std::vector<Sequence> sequences_;
 };

@@ -113,7 +113,8 @@ class Writer {
   }
 
   // Samples the next token of each of these texts from the rows of logits [texts, vocab].
-  void pick(std::span<const size_t> which, const Tensor& logits) {
+  void pick(std::span<const size_t> which, const Tensor& device_logits) {
+    const Tensor logits = model_.to_host(device_logits);
     const auto vocab = size_t(model_.config().vocab_size);
     std::vector<Sampled> picked(which.size());
     model_.device().threads().parallel(int64_t(which.size()), [&](int64_t row, int) {

@@ -2,6 +2,7 @@
 #include "model/model.h"
 
 #include "core/check.h"
+#include "core/random.h"
 #include "io/checkpoint.h"
 #include "model/rope.h"
 #include "model/step.h"
@@ -47,17 +48,39 @@ int64_t wanted_rows(std::span<const Chunk> chunks) {
   return rows;
 }
 
-// The rows of x that the chunks want logits of, in order. [rows, D]
+// The rows of x that the chunks want logits of, in order: [rows, D]. Stretches of neighbours are copied at once; x serves if it is all.
 Tensor gather_wanted(Step& s, std::span<const Chunk> chunks, Tensor x) {
-  Tensor wanted = s.arena.tensor(DType::f32, {wanted_rows(chunks), x.shape[1]});
-  int64_t to = 0;
+  const int64_t rows = wanted_rows(chunks);
+  if (rows == x.shape[0]) return x;
+  Tensor wanted = s.arena.tensor(DType::f32, {rows, x.shape[1]});
+  int64_t to = 0, from = 0, n = 0;
+  auto copy = [&] {
+    if (n > 0) s.device.copy(slice(x, 0, from, n), slice(wanted, 0, to, n));
+    to += n;
+  };
   for (size_t i = 0; i < chunks.size(); ++i) {
     if (chunks[i].logits == Chunk::Logits::none) continue;
-    const int64_t n = chunks[i].logits == Chunk::Logits::all ? s.spans[i].count : 1;
-    s.device.copy(slice(x, 0, s.spans[i].start + s.spans[i].count - n, n), slice(wanted, 0, to, n));
-    to += n;
+    const int64_t more = chunks[i].logits == Chunk::Logits::all ? s.spans[i].count : 1, first = s.spans[i].start + s.spans[i].count - more;
+    if (n > 0 && first == from + n) {
+      n += more;
+    } else {
+      copy();
+      from = first, n = more;
+    }
   }
+  copy();
   return wanted;
+}
+
+// Decode steps of as many sequences repeat one another; 0 for any other step.
+uint64_t repeats(std::span<const Chunk> chunks, const LatentCache& cache, MlaForm form, const Tensor& x) {
+  for (const Chunk& chunk : chunks)
+    if (chunk.tokens.size() != 1 || chunk.logits != Chunk::Logits::last) return 0;
+  uint64_t key = 1;
+  for (const uint64_t part :
+       {uint64_t(chunks.size()), uint64_t(form), reinterpret_cast<uint64_t>(x.data), reinterpret_cast<uint64_t>(cache.layer(0).base)})
+    key = random_bits(key, part) | 1;
+  return key;
 }
 
 }  // namespace
@@ -86,7 +109,10 @@ void feed_forward(Step& s, const Layer& layer, Tensor x) {
 }
 
 Model::Model(const Checkpoint& checkpoint, Device& device, const Progress& progress)
-    : config_(read_config(checkpoint)), device_(&device), weights_(load_weights(checkpoint, config_, device, progress)) {
+    : config_(read_config(checkpoint)),
+      device_(&device),
+      weights_(load_weights(checkpoint, config_, device, progress)),
+      arena_(device.memory()) {
   std::vector<float> factors;
   if (const StoredTensor* stored = checkpoint.find("rope_freqs")) {
     if (stored->value.dtype != DType::f32) fail_input("rope_freqs is {}; it must be f32", info(stored->value.dtype).name);
@@ -96,7 +122,7 @@ Model::Model(const Checkpoint& checkpoint, Device& device, const Progress& progr
 }
 
 LatentCache Model::make_cache(int64_t tokens, DType type) const {
-  return LatentCache(config_.num_hidden_layers, {config_.kv_layout(), type}, tokens);
+  return LatentCache(config_.num_hidden_layers, {config_.kv_layout(), type}, tokens, device_->memory());
 }
 
 Tensor Model::forward(std::span<const Chunk> chunks, LatentCache& cache, const Progress& progress) {
@@ -118,30 +144,34 @@ Tensor Model::forward(std::span<const Chunk> chunks, LatentCache& cache, const P
   }
   for (size_t i = 0; i < chunks.size(); ++i) step.spans[i].pages = cache.pages(chunks[i].sequence).data();
   const auto n = int64_t(ids.size());
+  std::vector<float> cos_sin(size_t(n) * rope_frequencies_.size() * 2);
+  rope_table(rope_frequencies_, rope_magnitude(config_), positions, cos_sin.data());
   step.cos_sin = arena_.tensor(DType::f32, {n, int64_t(rope_frequencies_.size()), 2});
-  rope_table(rope_frequencies_, rope_magnitude(config_), positions, step.cos_sin.f32());
 
   Tensor x = arena_.tensor(DType::f32, {n, config_.hidden_size});  // the residual stream
-  device_->embed(ids, weights_.embed, x);
-  step.note("embed", x);
-  for (size_t l = 0; l < weights_.layers.size(); ++l) {
-    const Layer& layer = weights_.layers[l];
-    if (progress) progress(double(l) / double(weights_.layers.size()));
-    step.prefix = fmt::format("layers.{}.", l);
-    if (const auto* w = std::get_if<MlaWeights>(&layer.attention))
-      attend_mla(step, int(l), *w, x);
-    else
-      attend_gqa(step, int(l), std::get<GqaWeights>(layer.attention), x);
-    step.note("attn.stream", x);
-    feed_forward(step, layer, x);
-    step.note("stream", x);
-  }
   Tensor logits = arena_.tensor(DType::f32, {wanted_rows(chunks), config_.vocab_size});
-  if (logits.shape[0] > 0) {
+  const uint64_t key = dump ? 0 : repeats(chunks, cache, form, x);
+  if (progress) progress(0);
+  device_->step({ids, step.slots, step.spans, cos_sin, step.cos_sin}, key, [&] {
+    device_->embed(ids, weights_.embed, x);
+    step.note("embed", x);
+    for (size_t l = 0; l < weights_.layers.size(); ++l) {
+      const Layer& layer = weights_.layers[l];
+      if (progress && l > 0) progress(double(l) / double(weights_.layers.size()));
+      step.prefix = fmt::format("layers.{}.", l);
+      if (const auto* w = std::get_if<MlaWeights>(&layer.attention))
+        attend_mla(step, int(l), *w, x);
+      else
+        attend_gqa(step, int(l), std::get<GqaWeights>(layer.attention), x);
+      step.note("attn.stream", x);
+      feed_forward(step, layer, x);
+      step.note("stream", x);
+    }
+    if (logits.shape[0] == 0) return;
     const Tensor h = gather_wanted(step, chunks, x);
     device_->rms_norm(h, weights_.norm, float(config_.rms_norm_eps), h);
     device_->linear(h, weights_.lm_head, {}, logits);
-  }
+  });
   growth.keep();
   return logits;
 }

@@ -84,9 +84,12 @@ class Model {
   Model(const Checkpoint& checkpoint, Device& device, const Progress& progress = {});
 
   // Appends the chunks' tokens to their sequences and returns the logits asked for, f32 [rows, vocab], in the chunks' order; they
-  // live until the next call. When the cache has too few pages nothing changes, and the answer has no data. `progress` is called before
-  // each layer; it may throw, which ends the pass and leaves the cache as it was.
+  // live in the device's memory until the next call. When the cache has too few pages nothing changes, and the answer has no data.
+  // `progress` is called before each layer; it may throw, which ends the pass and leaves the cache as it was.
   Tensor forward(std::span<const Chunk> chunks, LatentCache& cache, const Progress& progress = {});
+
+  // Logits where the host can read them, until the next call.
+  Tensor to_host(const Tensor& logits) { return on_host(logits, device_->memory(), host_logits_); }
 
   LatentCache make_cache(int64_t tokens, DType type) const;
   const Config& config() const { return config_; }
@@ -108,6 +111,7 @@ class Model {
   Weights weights_;
   std::vector<double> rope_frequencies_;  // [d_R / 2]
   Arena arena_;
+  std::vector<float> host_logits_;
 };
 
 }  // namespace mla

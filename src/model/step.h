@@ -18,7 +18,9 @@ struct Step {
   std::string prefix;          // "layers.3."
 
   void note(const char* name, const Tensor& value) const {
-    if (dump) dump(prefix + name, value);
+    if (!dump) return;
+    std::vector<float> storage;
+    dump(prefix + name, on_host(value, device.memory(), storage));
   }
 };
 

@@ -64,16 +64,12 @@ class Loader {
   // Norms, biases: f32, kept beside the weights.
   Tensor vector(const std::string& name, int64_t n) {
     const StoredTensor& t = get(name, {n});
-    Tensor v = keep(n);
-    dequantise(t.value.dtype, t.value.data, v.f32(), n);
-    return v;
+    const std::vector<float> values = decoded(t);
+    out_.small.emplace_back(size_t(n) * 4, device_.memory());
+    device_.memory().upload(values.data(), out_.small.back().data(), size_t(n) * 4);
+    return view(out_.small.back().data(), DType::f32, {n}, device_.memory().place());
   }
   Tensor optional_vector(const std::string& name, int64_t n) { return find(name) ? vector(name, n) : Tensor{}; }
-
-  Tensor keep(int64_t n) {
-    out_.small.emplace_back(size_t(n) * 4);
-    return view(out_.small.back().data(), DType::f32, {n});
-  }
 
   // Experts are one stack in GGUF and one tensor each in HF folders.
   Weight experts(const std::string& name, int64_t rows, int64_t cols) {

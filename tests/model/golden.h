@@ -73,13 +73,13 @@ inline Device& cpu() {
   return *device;
 }
 
-inline Model load(const std::filesystem::path& path) { return Model(Checkpoint::open(path), cpu()); }
+inline Model load(const std::filesystem::path& path, Device& device = cpu()) { return Model(Checkpoint::open(path), device); }
 
 // One chunk's logits, copied: [rows asked for, vocab].
 inline std::vector<float> step(Model& model, LatentCache& cache, int sequence, std::span<const int32_t> ids,
                                Chunk::Logits which = Chunk::Logits::last) {
   const Chunk chunk{sequence, ids, which};
-  const Tensor logits = model.forward(std::span(&chunk, 1), cache);
+  const Tensor logits = model.to_host(model.forward(std::span(&chunk, 1), cache));
   if (!logits.data) throw std::runtime_error("the cache is full");
   return std::vector<float>(logits.f32(), logits.f32() + logits.count());
 }
