@@ -53,8 +53,7 @@ void run(const Case& c, Device& device, const Ceilings& limit) {
   const int64_t per_sequence = (c.context + page - 1) / page, page_bytes = page * c.format.row_bytes();
   // Copies of the layer, so that a pass finds its cache in memory as a model's many layers do; at most 512 MB.
   const int64_t bytes = c.batch * per_sequence * page_bytes, layers = std::clamp<int64_t>((int64_t(512) << 20) / bytes, 1, 27);
-  std::vector<Buffer> pools;
-  for (int64_t i = 0; i < layers; ++i) pools.emplace_back(size_t(bytes));
+  Buffer pool{size_t(layers * bytes)};
   std::vector<int32_t> pages(size_t(c.batch * per_sequence));
   std::iota(pages.begin(), pages.end(), 0);
   for (size_t i = pages.size(); i > 1; --i) std::swap(pages[i - 1], pages[random_bits(1, i) % i]);
@@ -67,7 +66,7 @@ void run(const Case& c, Device& device, const Ceilings& limit) {
   for (size_t i = 0; i < rows.size(); ++i) rows[i] = float(random_uniform(2, i) * 2 - 1);
   for (size_t i = 0; i < q.size(); ++i) q[i] = float(random_uniform(3, i) * 2 - 1);
   std::vector<int64_t> slots(static_cast<size_t>(page));
-  auto kv = [&](int64_t layer) { return Kv{c.format, pools[size_t(layer)].data(), page_bytes, page}; };
+  auto kv = [&](int64_t layer) { return Kv{c.format, pool.data() + layer * bytes, page_bytes, page}; };
   for (int64_t layer = 0; layer < layers; ++layer)
     for (int32_t p : pages) {
       std::iota(slots.begin(), slots.end(), int64_t(p) * page);

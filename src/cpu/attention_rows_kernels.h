@@ -51,7 +51,7 @@ inline bool lies_as(const KvFormat& f) {
 
 // Inlined by force: GCC takes functions that only prefetch for ones without effect, and drops the calls.
 [[gnu::always_inline]] inline void prefetch_bytes(const std::byte* p, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64) prefetch(p + i);
+  for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 [[gnu::always_inline]] inline void prefetch_key(const KvFormat& f, const std::byte* row, int head) {
   const KvLayout& l = f.layout;
@@ -66,22 +66,20 @@ inline bool lies_as(const KvFormat& f) {
                  row_bytes(f.type == DType::i8 ? DType::i8 : f.type, l.d_v));
 }
 
-// How dot products along a row run: whole f32, or pairs of bf16 summed in f32.
-inline f32x16 dot_step(f32x16 acc, f32x16 query, f32x16 key) { return fma(query, key, acc); }
-inline f32x16 dot_step(f32x16 acc, bf16x32 query, bf16x32 key) { return dot_bf16(acc, query, key); }
 inline f32x16 load_some(const float* p) { return load(p); }
 inline bf16x32 load_some(const uint16_t* p) { return load_bf16x32(p); }
 template <class T>
 constexpr int row_lanes = 64 / int(sizeof(T));
 
 // Keys and query rows whose products are formed together, so that either serves the other while it is in a register.
-constexpr int rows_keys = vector_registers < 32 ? 4 : 8, rows_queries = vector_registers < 32 ? 4 : 2;
+constexpr int rows_keys = vector_registers < 32 ? 4 : 8, rows_queries = vector_registers < 32 ? 3 : 2;
 
-// Calls f.template operator()<n>(first) for groups of at most `most` (2 or 4) of the query rows.
+// Calls f.template operator()<n>(first) for groups of at most `most` (2, 3 or 4) of the query rows.
 template <int most, class F>
 inline void for_query_rows(int rows, F f) {
   int r = 0;
-  for (; r + most <= rows; r += most) f.template operator()<most>(r);
+  for (; r + most <= rows && !(most == 3 && rows - r == 4); r += most) f.template operator()<most>(r);
+  for (; most == 3 && rows - r == 4; r += 2) f.template operator()<2>(r);
   if constexpr (most > 2) {
     if (rows - r == 3) return f.template operator()<3>(r);
   }
@@ -92,11 +90,11 @@ inline void for_query_rows(int rows, F f) {
 // quads[h][k / 4][0, 16): what sum_quarters makes the products of keys k … k + 3 with query h, over n elements.
 template <int H, class T>
 inline void dot_rows(const T* q, int64_t q_row, int64_t n, const T* const* keys, float* quads) {
-  f32x16 acc[rows_keys][H];
+  f32_dots acc[rows_keys][H];
   const T* key[rows_keys];
   for (int k = 0; k < rows_keys; ++k) {
     key[k] = keys[k];
-    for (int h = 0; h < H; ++h) acc[k][h] = zero_f32();
+    for (int h = 0; h < H; ++h) acc[k][h] = zero_dots();
   }
   for (int64_t d = 0; d < n; d += row_lanes<T>) {
     decltype(load_some(q)) x[rows_keys];
@@ -106,7 +104,7 @@ inline void dot_rows(const T* q, int64_t q_row, int64_t n, const T* const* keys,
     for (int h = 0; h < H; ++h) {
       const auto query = load_some(q + h * q_row + d);
 #pragma GCC unroll 8
-      for (int k = 0; k < rows_keys; ++k) acc[k][h] = dot_step(acc[k][h], query, x[k]);
+      for (int k = 0; k < rows_keys; ++k) acc[k][h] = add_dots(acc[k][h], query, x[k]);
     }
   }
   for (int h = 0; h < H; ++h)
@@ -180,11 +178,9 @@ struct RowParts {
     keys_lie = same && l.d_k % row_lanes<T> == 0, values_lie = same && l.d_v % row_lanes<T> == 0;
     key = int64_t(head) * l.d_k;
     value = l.v_in_k ? key : int64_t(l.heads) * l.d_k + int64_t(head) * l.d_v;
-    key_bytes = row_bytes(f.type, l.d_k), value_bytes = row_bytes(f.type, l.d_v);
-    key_at = row_bytes(f.type, key), value_at = row_bytes(f.type, value);
   }
   bool keys_lie, values_lie;
-  int64_t key, value, key_bytes, value_bytes, key_at, value_at;
+  int64_t key, value;
 };
 
 // What a tile of one cache head works with: staged rows where they do not lie as the products read them, scores and weights.
@@ -197,10 +193,24 @@ struct RowsTile {
   T weights[most_query_rows * attention_tile];
 };
 
+// The tile that follows, brought closer while this one is at work: a few lines beside each key, in the order in which they lie, since many
+// at once would hold up the loads.
+struct NextTile {
+  const std::byte* const* row;  // null for none
+  int head, heads;              // of the unit
+
+  [[gnu::always_inline]] void fetch(const KvFormat& f, int step) const {
+    if (!row) return;
+    const std::byte* at = row[step / heads];
+    prefetch_key(f, at, head + step % heads);
+    if (!f.layout.v_in_k) prefetch_value(f, at, head + step % heads);
+  }
+};
+
 // Scores of a tile of n rows for all query rows of the unit. The tables of rows reach to the end of the tile.
 template <class T>
-inline void score_rows(const AttentionUnit& u, int head, const RowParts<T>& parts, int n, const std::byte* const* row,
-                       const std::byte* const* ahead, const T* q, int64_t q_row, RowsTile<T>& tile) {
+inline void score_rows(const AttentionUnit& u, int head, const RowParts<T>& parts, int n, const std::byte* const* row, const NextTile& next,
+                       const T* q, int64_t q_row, RowsTile<T>& tile) {
   const KvFormat& f = u.kv->format;
   const int64_t d_k = f.layout.d_k;
   for (int t = 0; t < n; t += 16) {
@@ -213,11 +223,11 @@ inline void score_rows(const AttentionUnit& u, int head, const RowParts<T>& part
           tile.key[i] = reinterpret_cast<const T*>(row[i]) + parts.key;
         } else {
           T* to = tile.room + i * tile.step;
-          std::memset(to + round_up(d_k, 32) - 32, 0, 32 * sizeof(T));  // what the products read beyond the key
+          if (d_k % 32 != 0) std::memset(to + d_k / 32 * 32, 0, 32 * sizeof(T));  // what the products read beyond the key
           read_key<true>(f, row[i], head, to);
           tile.key[i] = to;
         }
-        if (ahead) prefetch_bytes(ahead[i] + parts.key_at, parts.key_bytes);
+        next.fetch(f, (head - u.head) * attention_tile + i);
       }
       for_query_rows<rows_queries>(u.rows, [&]<int H>(int r) {
         dot_rows<H>(q + r * q_row, q_row, round_up(d_k, row_lanes<T>), tile.key + t + k, quads + r * 64 + k * 4);
@@ -231,8 +241,7 @@ inline void score_rows(const AttentionUnit& u, int head, const RowParts<T>& part
 }
 
 template <class T>
-inline void find_values(const AttentionUnit& u, int head, const RowParts<T>& parts, int n, const std::byte* const* row,
-                        const std::byte* const* ahead, RowsTile<T>& tile) {
+inline void find_values(const AttentionUnit& u, int head, const RowParts<T>& parts, int n, const std::byte* const* row, RowsTile<T>& tile) {
   const KvFormat& f = u.kv->format;
   for (int t = 0; t < n; ++t) {
     T* room = tile.room + t * tile.step;
@@ -245,19 +254,18 @@ inline void find_values(const AttentionUnit& u, int head, const RowParts<T>& par
       read_value<true>(f, row[t], head, room);
       tile.value[t] = room;
     }
-    if (ahead && !f.layout.v_in_k) prefetch_bytes(ahead[t] + parts.value_at, parts.value_bytes);
   }
 }
 
 // One cache head's tile of n rows, from row `from` of the span on.
 template <class T>
-inline void attend_rows_tile(const AttentionUnit& u, int head, int from, int n, const std::byte* const* row, const std::byte* const* ahead,
+inline void attend_rows_tile(const AttentionUnit& u, int head, int from, int n, const std::byte* const* row, const NextTile& next,
                              const T* q, int64_t q_row, RowsTile<T>& tile, float* state) {
   constexpr int lanes = row_lanes<T>;
   const KvLayout& l = u.kv->format.layout;
   const RowParts<T> parts(u.kv->format, head);
   const int64_t o_row = rows_state(l);
-  score_rows(u, head, parts, n, row, ahead, q, q_row, tile);
+  score_rows(u, head, parts, n, row, next, q, q_row, tile);
   for (int r = 0; r < u.rows; ++r) {
     const int64_t at = query_position(u, u.first + r) - u.span->kv_position - from;
     const int64_t to = !u.mask.causal || at + 1 > n ? n : at < 0 ? 0 : at + 1;
@@ -266,14 +274,15 @@ inline void attend_rows_tile(const AttentionUnit& u, int head, int from, int n, 
     tile.shrink[r] = softmax_row(tile.scores + r * attention_tile, first, int(to), state + r * o_row, tile.weights + r * attention_tile);
   }
   const int padded = int(round_up(n, 2));  // bf16 dots take rows in pairs
-  find_values(u, head, parts, padded, row, ahead, tile);
+  find_values(u, head, parts, padded, row, tile);
   auto sum = [&]<int W>(int64_t d) {
     for_query_rows<4>(u.rows, [&]<int H>(int r) {
       sum_rows<H, W>(tile.weights + r * attention_tile, n, tile.value, d, tile.shrink + r, state + r * o_row + 16, o_row);
     });
   };
   int64_t d = 0;
-  for (; d + 64 <= l.d_v; d += 64) sum.template operator()<4>(d);
+  if constexpr (vector_registers >= 32)
+    for (; d + 64 <= l.d_v; d += 64) sum.template operator()<4>(d);
   for (; d < l.d_v; d += lanes) sum.template operator()<lanes / 16>(d);
 }
 
@@ -304,11 +313,12 @@ inline void attend_rows_in(const AttentionUnit& u) {
     const int n = seen.to - from < attention_tile ? seen.to - from : attention_tile;
     const int left = seen.to - from - n, next = left < attention_tile ? left : attention_tile;
     find_rows(*u.kv, *u.span, from, n, row);
+    for (int step = 0; from == seen.from && step < n * u.heads; ++step) NextTile{row, u.head, u.heads}.fetch(u.kv->format, step);
     find_rows(*u.kv, *u.span, from + n, next, ahead);
     for (int t = n; t < attention_tile; ++t) row[t] = row[n - 1];
     for (int t = next; t < attention_tile && next > 0; ++t) ahead[t] = ahead[next - 1];
     for (int g = 0; g < u.heads; ++g)
-      attend_rows_tile<T>(u, u.head + g, from, n, row, next > 0 ? ahead : nullptr, q + g * u.rows * q_row, q_row, tile,
+      attend_rows_tile<T>(u, u.head + g, from, n, row, {next > 0 ? ahead : nullptr, u.head, u.heads}, q + g * u.rows * q_row, q_row, tile,
                           u.state + g * u.rows * rows_state(l));
   }
 }

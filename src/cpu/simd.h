@@ -19,13 +19,17 @@
 //   i32x16    splat_i32, load_i32(p), + -, shift_left<n>, shift_right<n> (arithmetic), to_f32, to_i32 (nearest even), scale_2(x, n) = x ·
 //   2^n u8x16     load_u8x16, & |, shift_right_u8<n>, widen_u8, widen_i8 (to f32x16) bytes64   load_bytes, splat_bytes, renew, & |,
 //   shift_right_bits<n>, shift_left_bits<n> (on 16-bit units: mask afterwards) bf16x32   load_bf16x32, splat_bf16_pair(p), to_bf16x32(low,
-//   high), store_bf16x32, widen_even, widen_odd,
-//             interleave_low, interleave_high, pair_bf16(even, odd); transpose(f32x16[16]), sum_quads, sum_quarters
+//   high), store_bf16x32, widen_even, widen_odd, max_magnitude(x, y) = max(x, |y|),
+//             interleave_low, interleave_high, pair_bf16(even, odd); transpose(f32x16[16])
+//   f32_dots  zero_dots, add_dots(acc, x, y) of f32x16 or bf16x32, sum_quads, sum_quarters (of f32x16)
+//   i16x32    load_i16x32, store_i16x32, splat_i16_pair(p), pair_i16(even, odd) of i32x16, interleave_low, interleave_high,
+//             store_i16(p, i32x16), dot_i16(acc, a, b): acc[i] += a[2i]·b[2i] + a[2i+1]·b[2i+1], in 32 bits
 //   memory    load_f16, load_bf16, load_i8 (p and p, n), store_f16, store_bf16, store_i8 (p, x and p, x, n; i8 takes whole numbers in
 //   range) dots      dot_u8(acc, u, s4): acc[i] += Σ_{c<4} u8[4i+c] · s8 s4[c] for codes u ≤ 127; dot_u8(acc, u, s) with a vector of s8;
 //             dot_code(acc, u, s4): the same for any u8, where u counts from code_bias: acc[i] += Σ (u8 - (128 - code_bias)) · s8;
 //             dot_bf16(acc, a, b): acc[i] += a[2i]·b[2i] + a[2i+1]·b[2i+1]
-//   constants isa_has_bf16, code_bias, vector_registers, dot_chains (chains of int8 dots that hide the latency of one)
+//   constants isa_has_bf16, isa_has_i16 (dots of that kind are the fastest for attention), code_bias, vector_registers, dot_chains (chains
+//   of int8 dots that hide the latency of one)
 namespace mla {
 namespace {
 

@@ -21,8 +21,11 @@ struct bytes64 {
 struct bf16x32 {
   __m256i a, b;
 };
+struct i16x32 {
+  __m256i a, b;
+};
 
-constexpr bool isa_has_bf16 = false;
+constexpr bool isa_has_bf16 = false, isa_has_i16 = true;
 constexpr int code_bias = 0;  // dot_code takes the 128 off itself
 constexpr int vector_registers = 16;
 constexpr int dot_chains = 4;
@@ -229,32 +232,60 @@ inline f32x16 widen_odd(bf16x32 x) {
 }
 inline f32x16 dot_bf16(f32x16 acc, bf16x32 a, bf16x32 b) { return fma(widen_odd(a), widen_odd(b), fma(widen_even(a), widen_even(b), acc)); }
 
-// a[0] b[0] a[1] b[1] …: the first 16 pairs, and the last.
-inline bf16x32 interleave_low(bf16x32 a, bf16x32 b) {
-  uint16_t x[32], y[32], z[32];
-  store_bf16x32(x, a), store_bf16x32(y, b);
-  for (int i = 0; i < 16; ++i) z[2 * i] = x[i], z[2 * i + 1] = y[i];
-  return load_bf16x32(z);
-}
-inline bf16x32 interleave_high(bf16x32 a, bf16x32 b) {
-  uint16_t x[32], y[32], z[32];
-  store_bf16x32(x, a), store_bf16x32(y, b);
-  for (int i = 0; i < 16; ++i) z[2 * i] = x[16 + i], z[2 * i + 1] = y[16 + i];
-  return load_bf16x32(z);
-}
-// Elements 2i from `even`, 2i + 1 from `odd`.
-inline bf16x32 pair_bf16(f32x16 even, f32x16 odd) {
-  uint16_t z[32];
-  store_bf16(z, even), store_bf16(z + 16, odd);
-  const bf16x32 both = load_bf16x32(z);
-  std::memcpy(z, z + 16, 32);
-  return interleave_low(both, load_bf16x32(z));
+inline bf16x32 max_magnitude(bf16x32 x, bf16x32 y) {
+  const __m256i size = _mm256_set1_epi16(0x7fff);
+  return {_mm256_max_epu16(x.a, _mm256_and_si256(y.a, size)), _mm256_max_epu16(x.b, _mm256_and_si256(y.b, size))};
 }
 
+// a[0] b[0] a[1] b[1] …: the first 16 pairs, and the last.
+inline bf16x32 interleave(__m256i a, __m256i b) {
+  const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+  return {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
+}
+inline bf16x32 interleave_low(bf16x32 a, bf16x32 b) { return interleave(a.a, b.a); }
+inline bf16x32 interleave_high(bf16x32 a, bf16x32 b) { return interleave(a.b, b.b); }
+// Elements 2i from `even`, 2i + 1 from `odd`.
+inline bf16x32 pair_bf16(f32x16 even, f32x16 odd) { return interleave(narrow_bf16(even), narrow_bf16(odd)); }
+
+inline i16x32 load_i16x32(const int16_t* p) { return {_mm256_loadu_si256(as_vector(p)), _mm256_loadu_si256(as_vector(p + 16))}; }
+inline void store_i16x32(int16_t* p, i16x32 x) { _mm256_storeu_si256(as_vector(p), x.a), _mm256_storeu_si256(as_vector(p + 16), x.b); }
+inline i16x32 splat_i16_pair(const int16_t* p) {
+  int32_t two;
+  __builtin_memcpy(&two, p, 4);
+  const __m256i both = _mm256_set1_epi32(two);
+  return {both, both};
+}
+inline i32x16 dot_i16(i32x16 acc, i16x32 a, i16x32 b) {
+  __m256i low = _mm256_add_epi32(acc.a, _mm256_madd_epi16(a.a, b.a)), high = _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.b, b.b));
+  asm volatile("" : "+x"(low), "+x"(high));  // keeps each sum beside its product: GCC else gathers the products, which then do not fit
+  return {low, high};
+}
+inline void store_i16(int16_t* p, i32x16 x) {
+  _mm256_storeu_si256(as_vector(p), _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8));
+}
+inline __m256i pair_i16(__m256i even, __m256i odd) { return _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa); }
+inline i16x32 pair_i16(i32x16 even, i32x16 odd) { return {pair_i16(even.a, odd.a), pair_i16(even.b, odd.b)}; }
+inline i16x32 interleave_low(i16x32 a, i16x32 b) {
+  const bf16x32 x = interleave(a.a, b.a);
+  return {x.a, x.b};
+}
+inline i16x32 interleave_high(i16x32 a, i16x32 b) {
+  const bf16x32 x = interleave(a.b, b.b);
+  return {x.a, x.b};
+}
+
+// Partial sums of a dot product, in one register.
+struct f32_dots {
+  __m256 v;
+};
+inline f32_dots zero_dots() { return {_mm256_setzero_ps()}; }
+inline f32_dots add_dots(f32_dots acc, f32x16 x, f32x16 y) { return {_mm256_fmadd_ps(x.b, y.b, _mm256_fmadd_ps(x.a, y.a, acc.v))}; }
+inline f32_dots add_dots(f32_dots acc, bf16x32 x, bf16x32 y) {
+  return add_dots(add_dots(acc, widen_even(x), widen_even(y)), widen_odd(x), widen_odd(y));
+}
 // Lane 4 q + i is the sum of lanes 4 q … 4 q + 3 of x_i.
-inline f32x16 sum_quads(f32x16 x0, f32x16 x1, f32x16 x2, f32x16 x3) {
-  return {_mm256_hadd_ps(_mm256_hadd_ps(x0.a, x1.a), _mm256_hadd_ps(x2.a, x3.a)),
-          _mm256_hadd_ps(_mm256_hadd_ps(x0.b, x1.b), _mm256_hadd_ps(x2.b, x3.b))};
+inline f32x16 sum_quads(f32_dots x0, f32_dots x1, f32_dots x2, f32_dots x3) {
+  return {_mm256_hadd_ps(_mm256_hadd_ps(x0.v, x1.v), _mm256_hadd_ps(x2.v, x3.v)), _mm256_setzero_ps()};
 }
 // Lane 4 k + i is the sum over q of lanes 4 q + i of x_k.
 inline f32x16 sum_quarters(f32x16 x0, f32x16 x1, f32x16 x2, f32x16 x3) {

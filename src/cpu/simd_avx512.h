@@ -21,12 +21,16 @@ struct bytes64 {
 struct bf16x32 {
   __m512i v;
 };
+struct i16x32 {
+  __m512i v;
+};
 
 #if defined(__AVX512BF16__)
 constexpr bool isa_has_bf16 = true;
 #else
 constexpr bool isa_has_bf16 = false;
 #endif
+constexpr bool isa_has_i16 = !isa_has_bf16;
 constexpr int code_bias = 128;  // dot_code multiplies the stored code as it is; callers take 128 · Σ s off
 constexpr int vector_registers = 32;
 constexpr int dot_chains = 16;
@@ -158,6 +162,8 @@ inline f32x16 dot_bf16(f32x16 acc, bf16x32 a, bf16x32 b) {
 #endif
 }
 
+inline bf16x32 max_magnitude(bf16x32 x, bf16x32 y) { return {_mm512_max_epu16(x.v, _mm512_and_si512(y.v, _mm512_set1_epi16(0x7fff)))}; }
+
 // a[0] b[0] a[1] b[1] …: the first 16 pairs, and the last.
 inline bf16x32 interleave_low(bf16x32 a, bf16x32 b) {
   alignas(64) static constexpr uint16_t order[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
@@ -175,6 +181,24 @@ inline bf16x32 pair_bf16(f32x16 even, f32x16 odd) {
   return {_mm512_or_si512(low, _mm512_slli_epi32(high, 16))};
 }
 
+inline i16x32 load_i16x32(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_i16x32(int16_t* p, i16x32 x) { _mm512_storeu_si512(p, x.v); }
+inline i16x32 splat_i16_pair(const int16_t* p) {
+  int32_t two;
+  __builtin_memcpy(&two, p, 4);
+  return {_mm512_set1_epi32(two)};
+}
+inline i32x16 dot_i16(i32x16 acc, i16x32 a, i16x32 b) { return {_mm512_dpwssd_epi32(acc.v, a.v, b.v)}; }
+inline void store_i16(int16_t* p, i32x16 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x.v)); }
+inline i16x32 pair_i16(i32x16 even, i32x16 odd) { return {_mm512_mask_blend_epi16(0xaaaaaaaa, even.v, _mm512_slli_epi32(odd.v, 16))}; }
+inline i16x32 interleave_low(i16x32 a, i16x32 b) { return {interleave_low(bf16x32{a.v}, bf16x32{b.v}).v}; }
+inline i16x32 interleave_high(i16x32 a, i16x32 b) { return {interleave_high(bf16x32{a.v}, bf16x32{b.v}).v}; }
+
+// Partial sums of a dot product.
+using f32_dots = f32x16;
+inline f32_dots zero_dots() { return zero_f32(); }
+inline f32_dots add_dots(f32_dots acc, f32x16 x, f32x16 y) { return fma(x, y, acc); }
+inline f32_dots add_dots(f32_dots acc, bf16x32 x, bf16x32 y) { return dot_bf16(acc, x, y); }
 // Lane 4 q + i is the sum of lanes 4 q … 4 q + 3 of x_i; the sums of all four lie in that order after sum_quarters.
 inline f32x16 sum_quads(f32x16 x0, f32x16 x1, f32x16 x2, f32x16 x3) {
   const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x0.v, x1.v), _mm512_unpackhi_ps(x0.v, x1.v));

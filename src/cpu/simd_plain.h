@@ -29,8 +29,11 @@ struct bytes64 {
 struct bf16x32 {
   u32x4 p[4];
 };
+struct i16x32 {
+  i32x4 p[4];  // pairs
+};
 
-constexpr bool isa_has_bf16 = false;
+constexpr bool isa_has_bf16 = false, isa_has_i16 = false;
 constexpr int code_bias = 128;
 constexpr int vector_registers = 8;  // as small tiles as pay, since each vector takes four registers
 constexpr int dot_chains = 1;
@@ -280,6 +283,13 @@ inline f32x16 widen_odd(bf16x32 x) {
 }
 inline f32x16 dot_bf16(f32x16 acc, bf16x32 a, bf16x32 b) { return fma(widen_odd(a), widen_odd(b), fma(widen_even(a), widen_even(b), acc)); }
 
+inline bf16x32 max_magnitude(bf16x32 x, bf16x32 y) {
+  uint16_t a[32], b[32];
+  store_bf16x32(a, x), store_bf16x32(b, y);
+  for (int i = 0; i < 32; ++i) a[i] = (b[i] & 0x7fff) > a[i] ? b[i] & 0x7fff : a[i];
+  return load_bf16x32(a);
+}
+
 // a[0] b[0] a[1] b[1] …: the first 16 pairs, and the last.
 inline bf16x32 interleave_low(bf16x32 a, bf16x32 b) {
   uint16_t x[32], y[32], z[32];
@@ -302,6 +312,39 @@ inline bf16x32 pair_bf16(f32x16 even, f32x16 odd) {
   return interleave_low(both, load_bf16x32(z));
 }
 
+inline i16x32 load_i16x32(const int16_t* p) {
+  i16x32 x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store_i16x32(int16_t* p, i16x32 x) { std::memcpy(p, &x, sizeof x); }
+inline i16x32 splat_i16_pair(const int16_t* p) {
+  int32_t two;
+  std::memcpy(&two, p, 4);
+  const i32x4 v = {two, two, two, two};
+  return {{v, v, v, v}};
+}
+inline i32x16 dot_i16(i32x16 acc, i16x32 a, i16x32 b) {
+  i32x16 y;
+  for (int i = 0; i < 4; ++i) y.p[i] = acc.p[i] + (a.p[i] >> 16) * (b.p[i] >> 16) + (a.p[i] << 16 >> 16) * (b.p[i] << 16 >> 16);
+  return y;
+}
+inline void store_i16(int16_t* p, i32x16 x) {
+  for (int i = 0; i < 16; ++i) p[i] = int16_t(x.p[i / 4][i % 4]);
+}
+inline i16x32 pair_i16(i32x16 even, i32x16 odd) {
+  i16x32 y;
+  for (int i = 0; i < 4; ++i) y.p[i] = (odd.p[i] << 16) | (even.p[i] & 0xffff);
+  return y;
+}
+inline i16x32 interleave_low(i16x32 a, i16x32 b) { return bits_as<i16x32>(interleave_low(bits_as<bf16x32>(a), bits_as<bf16x32>(b))); }
+inline i16x32 interleave_high(i16x32 a, i16x32 b) { return bits_as<i16x32>(interleave_high(bits_as<bf16x32>(a), bits_as<bf16x32>(b))); }
+
+// Partial sums of a dot product.
+using f32_dots = f32x16;
+inline f32_dots zero_dots() { return zero_f32(); }
+inline f32_dots add_dots(f32_dots acc, f32x16 x, f32x16 y) { return fma(x, y, acc); }
+inline f32_dots add_dots(f32_dots acc, bf16x32 x, bf16x32 y) { return dot_bf16(acc, x, y); }
 // Lane 4 q + i is the sum of lanes 4 q … 4 q + 3 of x_i.
 inline f32x16 sum_quads(f32x16 x0, f32x16 x1, f32x16 x2, f32x16 x3) {
   return each<f32x16>(
