@@ -80,7 +80,7 @@ inline void finish_rows(const AttentionFinish& f) {
 
 // With 32 registers the form "rows" is faster up to a whole vector of query rows: decode of MLA with 16 heads.
 constexpr AttentionKernels attention_kernels() {
-  constexpr int few_rows = vector_registers < 32 ? 4 : most_query_rows;
+  constexpr int few_rows = vector_registers < 32 || isa_has_i16 ? 4 : most_query_rows;
   return {few_rows, attend_lanes, attend_rows, finish_lanes, finish_rows, write_row, read_row};
 }
 

@@ -28,19 +28,22 @@ inline T unknown(T x) {
 
 // Rates of independent chains that stay in registers: as many as hide the latency of a step where there are registers for them. A round
 // is 16 steps of each.
+constexpr auto start_f32 = [](int i) { return splat(unknown(float(i))); };
+constexpr auto start_i32 = [](int i) { return splat_i32(unknown(i)); };
 constexpr int chains = vector_registers < 32 ? 4 : 16;
 
-template <class Vector, class Step>
-inline Vector run_chains(Vector start, int64_t rounds, Step step) {
-  Vector x[chains];
+template <class Start, class Step>
+inline auto run_chains(int64_t rounds, Start start, Step step) {
+  decltype(start(0)) x[chains];
 #pragma GCC unroll 16
-  for (int i = 0; i < chains; ++i) x[i] = unknown(start);
+  for (int i = 0; i < chains; ++i) x[i] = start(i);
   for (int64_t r = 0; r < rounds; ++r) {
     for (int s = 0; s < 16; ++s)
 #pragma GCC unroll 16
       for (int i = 0; i < chains; ++i) x[i] = step(x[i]);
   }
-  Vector sum = x[0];
+  auto sum = x[0];
+#pragma GCC unroll 16
   for (int i = 1; i < chains; ++i) sum = sum + x[i];
   return sum;
 }
@@ -52,19 +55,19 @@ double int8_ops(int64_t rounds) {
     renew(u);  // else products of the same factors are formed once
     return dot_u8(x, u, s);
   };
-  keep(sum(to_f32(run_chains(splat_i32(1), rounds, step))));
+  keep(sum(to_f32(run_chains(rounds, start_i32, step))));
   return double(rounds) * 16 * chains * 64 * 2;
 }
 
 double bf16_ops(int64_t rounds) {
   const bf16x32 a = to_bf16x32(splat(1.0f), splat(unknown(0.5f))), b = to_bf16x32(splat(unknown(0.25f)), splat(1.0f));
-  keep(sum(run_chains(splat(1), rounds, [&](f32x16 x) { return dot_bf16(x, a, b); })));
+  keep(sum(run_chains(rounds, start_f32, [&](f32x16 x) { return dot_bf16(x, a, b); })));
   return double(rounds) * 16 * chains * 32 * 2;
 }
 
 double f32_ops(int64_t rounds) {
   const f32x16 a = splat(unknown(0.999f)), b = splat(unknown(0.5f));
-  keep(sum(run_chains(splat(1), rounds, [&](f32x16 x) { return fma(x, a, b); })));
+  keep(sum(run_chains(rounds, start_f32, [&](f32x16 x) { return fma(x, a, b); })));
   return double(rounds) * 16 * chains * 16 * 2;
 }
 

@@ -132,8 +132,11 @@ inline bytes64 shift_left_bits(bytes64 x) {
   return {_mm256_slli_epi16(x.a, n), _mm256_slli_epi16(x.b, n)};
 }
 
+// The barriers below keep each sum beside its products: GCC else gathers the products, which then do not fit the registers.
 inline __m256i dot_8(__m256i acc, __m256i u, __m256i s) {
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+  __m256i sum = _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+  asm volatile("" : "+x"(sum));
+  return sum;
 }
 inline i32x16 dot_u8(i32x16 acc, bytes64 u, bytes64 s) { return {dot_8(acc.a, u.a, s.a), dot_8(acc.b, u.b, s.b)}; }
 inline __m256i splat_four(const int8_t* s4) {
@@ -257,7 +260,7 @@ inline i16x32 splat_i16_pair(const int16_t* p) {
 }
 inline i32x16 dot_i16(i32x16 acc, i16x32 a, i16x32 b) {
   __m256i low = _mm256_add_epi32(acc.a, _mm256_madd_epi16(a.a, b.a)), high = _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.b, b.b));
-  asm volatile("" : "+x"(low), "+x"(high));  // keeps each sum beside its product: GCC else gathers the products, which then do not fit
+  asm volatile("" : "+x"(low), "+x"(high));
   return {low, high};
 }
 inline void store_i16(int16_t* p, i32x16 x) {

@@ -106,7 +106,11 @@ inline bytes64 shift_left_bits(bytes64 a) {
   return {_mm512_slli_epi16(a.v, n)};
 }
 
-inline i32x16 dot_u8(i32x16 acc, bytes64 u, bytes64 s) { return {_mm512_dpbusd_epi32(acc.v, u.v, s.v)}; }
+// Dots of loops are written as assembly: GCC 12 copies the sums of the intrinsics to other registers and back, and spills some.
+inline i32x16 dot_u8(i32x16 acc, bytes64 u, bytes64 s) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(u.v), "v"(s.v));
+  return acc;
+}
 inline i32x16 dot_u8(i32x16 acc, bytes64 u, const int8_t* s4) {
   int32_t four;
   __builtin_memcpy(&four, s4, 4);
@@ -156,7 +160,8 @@ inline f32x16 widen_even(bf16x32 x) { return {_mm512_castsi512_ps(_mm512_slli_ep
 inline f32x16 widen_odd(bf16x32 x) { return {_mm512_castsi512_ps(_mm512_and_si512(x.v, _mm512_set1_epi32(int(0xffff0000))))}; }
 inline f32x16 dot_bf16(f32x16 acc, bf16x32 a, bf16x32 b) {
 #if defined(__AVX512BF16__)
-  return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+  asm("vdpbf16ps %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
+  return acc;
 #else
   return fma(widen_odd(a), widen_odd(b), fma(widen_even(a), widen_even(b), acc));
 #endif
@@ -188,7 +193,10 @@ inline i16x32 splat_i16_pair(const int16_t* p) {
   __builtin_memcpy(&two, p, 4);
   return {_mm512_set1_epi32(two)};
 }
-inline i32x16 dot_i16(i32x16 acc, i16x32 a, i16x32 b) { return {_mm512_dpwssd_epi32(acc.v, a.v, b.v)}; }
+inline i32x16 dot_i16(i32x16 acc, i16x32 a, i16x32 b) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
+  return acc;
+}
 inline void store_i16(int16_t* p, i32x16 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x.v)); }
 inline i16x32 pair_i16(i32x16 even, i32x16 odd) { return {_mm512_mask_blend_epi16(0xaaaaaaaa, even.v, _mm512_slli_epi32(odd.v, 16))}; }
 inline i16x32 interleave_low(i16x32 a, i16x32 b) { return {interleave_low(bf16x32{a.v}, bf16x32{b.v}).v}; }
