@@ -11,7 +11,8 @@ struct TokenizerFiles {
   std::string tokenizer, tokenizer_config;  // tokenizer.json, tokenizer_config.json
 };
 
-// Byte-level BPE with a pre-tokenizer of GPT-2, SmolLM, Llama 3 or Qwen2; nothing for other vocabularies.
+// Byte-level BPE with a pre-tokenizer of GPT-2, SmolLM, Llama 3 or Qwen2, and sentencepiece's BPE; nothing for other vocabularies. Of
+// sentencepiece's tokens with equal scores, tokenizer.json has the one with the lower id first, and not the one further to the left.
 std::optional<TokenizerFiles> export_tokenizer(const Tokenizer::GgufVocabulary& gguf);
 
 }  // namespace mla

@@ -424,10 +424,27 @@ TEST(Export, AGgufsTokenizerComesBackFromItsFiles) {
   }
 }
 
+TEST(Export, SentencepieceComesBackFromItsFiles) {
+  for (bool plain : {false, true}) {
+    auto gguf = small_gguf();
+    if (plain) gguf.add_space_prefix = gguf.add_bos = false;
+    const Tokenizer original = Tokenizer::from_gguf(gguf);
+    const auto files = mla::export_tokenizer(gguf);
+    ASSERT_TRUE(files);
+    const Tokenizer back = Tokenizer::from_json(files->tokenizer, files->tokenizer_config);
+    EXPECT_EQ(back.vocab_size(), original.vocab_size());
+    for (const char* text : {"abc", "cabc bc", "é", "<s>", "", " a  b ", "é\xFF", "<0x41>", "abcabc ab<s>c"}) {
+      const Ids ids = original.encode(text, true, true);
+      EXPECT_EQ(back.encode(text, true, true), ids) << text;
+      EXPECT_EQ(back.decode(ids), original.decode(ids)) << text;
+    }
+  }
+}
+
 TEST(Export, VocabulariesOfOtherKindsAreLeftOut) {
   EXPECT_FALSE(mla::export_tokenizer(gguf_vocabulary("deepseek-llm")));
   auto v = gguf_vocabulary("gpt-2");
-  v.model = "llama";
+  v.model = "llama";  // without scores
   EXPECT_FALSE(mla::export_tokenizer(v));
 }
 
