@@ -6,6 +6,8 @@
 #include "core/threads.h"
 #include "io/checkpoint.h"
 #include "lowrank/layer_run.h"
+#include "lowrank/original.h"
+#include "lowrank/score_refit.h"
 #include "model/rope.h"
 
 #include <algorithm>
@@ -19,20 +21,6 @@ namespace {
 
 constexpr int64_t batch_windows = 8;
 
-std::vector<float> decoded(const StoredTensor& t) {
-  std::vector<float> values(size_t(t.value.count()));
-  dequantise(t.value.dtype, t.value.data, values.data(), t.value.count());
-  return values;
-}
-
-Matrix as_matrix(const StoredTensor& t) {
-  const std::vector<float> values = decoded(t);
-  Matrix m(t.value.shape[0], t.value.shape[1]);
-  std::copy(values.begin(), values.end(), m.data.begin());
-  check_finite(m, t.name);
-  return m;
-}
-
 std::vector<float> rounded(const std::vector<double>& values, DType type) {
   std::vector<float> out(values.begin(), values.end());
   std::vector<std::byte> encoded(size_t(row_bytes(type, int64_t(out.size()))));
@@ -43,70 +31,164 @@ std::vector<float> rounded(const std::vector<double>& values, DType type) {
 
 Tensor vector_view(std::vector<float>& v) { return view(v.data(), DType::f32, {int64_t(v.size())}); }
 
-GqaShape shape_of(const Config& c) { return {c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size, c.rope_interleaved}; }
-
-std::vector<double> frequencies_of(const Config& config, const Checkpoint& checkpoint) {
-  std::vector<float> factors;
-  if (const StoredTensor* stored = checkpoint.find("rope_freqs")) factors = decoded(*stored);
-  return rope_frequencies(config, factors);
+// Each of the original's pairs goes to the rotary pair whose frequency is nearest; without folding each rotary pair has one.
+std::vector<std::vector<int64_t>> slots_of(const std::vector<double>& theirs, const std::vector<double>& ours, bool fold) {
+  const auto apart = [&](int64_t pair, size_t slot) { return std::fabs(std::log(theirs[size_t(pair)] / ours[slot])); };
+  std::vector<std::vector<int64_t>> slots(ours.size());
+  for (int64_t pair = 0; pair < int64_t(theirs.size()); ++pair) {
+    size_t nearest = 0;
+    for (size_t i = 1; i < ours.size(); ++i)
+      if (apart(pair, i) < apart(pair, nearest)) nearest = i;
+    slots[nearest].push_back(pair);
+  }
+  for (size_t i = 0; i < slots.size() && !fold; ++i)
+    if (!slots[i].empty()) slots[i] = {*std::ranges::min_element(slots[i], {}, [&](int64_t pair) { return apart(pair, i); })};
+  return slots;
 }
 
-// A layer of the original on the device, its quantised weights as f32, so that what is calibrated is the model and not its rounding.
-class Original {
+std::vector<std::vector<int64_t>> slots_of(const Checkpoint& checkpoint, const Config& config, const ConvertOptions& o) {
+  return slots_of(frequencies_of(config, checkpoint), rope_frequencies(converted_config(config, o)), o.layer.fold);
+}
+
+// LAPACK with all threads, where ours are idle; BLAS inside our threads has one.
+class MathThreads {
  public:
-  Original(const Checkpoint& checkpoint, const Config& config, Device& device)
-      : checkpoint_(checkpoint), config_(config), device_(device) {}
+  explicit MathThreads(int count) { set_math_threads(count); }
+  ~MathThreads() { set_math_threads(1); }
+  MathThreads(const MathThreads&) = delete;
+  MathThreads& operator=(const MathThreads&) = delete;
+};
 
-  void load(int layer) {
-    prefix_ = fmt::format("layers.{}.", layer);
-    norms_.clear();
-    norms_.reserve(2);
-    GqaWeights gqa;
-    gqa.attn_norm = norm("attn_norm");
-    gqa.q = pack("attn.q"), gqa.k = pack("attn.k"), gqa.v = pack("attn.v"), gqa.o = pack("attn.o");
-    DenseFfn ffn;
-    ffn.norm = norm("ffn_norm");
-    ffn.ffn = {pack("ffn.gate"), pack("ffn.up"), pack("ffn.down")};
-    layer_ = {std::move(gqa), std::move(ffn)};
-    matrices_ = {matrix("attn.q"), matrix("attn.k"), matrix("attn.v"), matrix("attn.o")};
+// The algebra of each layer and the tensors that come of it.
+class LayerMaker {
+ public:
+  LayerMaker(const Checkpoint& checkpoint, const Config& config, const ConvertOptions& o)
+      : shape_(shape_of(checkpoint, config)),
+        o_(o),
+        config_(converted_config(config, o)),
+        theirs_(frequencies_of(config, checkpoint)),
+        layer_(o.layer),
+        ours_(theirs_) {
+    layer_.slots = slots_of(checkpoint, config, o);
+    const std::vector<double> slot_frequencies = rope_frequencies(config_);
+    for (size_t slot = 0; slot < layer_.slots.size(); ++slot)
+      for (int64_t pair : layer_.slots[slot]) ours_[size_t(pair)] -= slot_frequencies[slot];
   }
-  Matrix matrix(const char* name) const { return as_matrix(checkpoint_.get(prefix_ + name)); }
-  const Layer& layer() const { return layer_; }
-  const GqaWeights& gqa() const { return std::get<GqaWeights>(layer_.attention); }
-  const DenseFfn& ffn() const { return std::get<DenseFfn>(layer_.ffn); }
-  const GqaMatrices& matrices() const { return matrices_; }
 
-  std::vector<float> embed(std::span<const int32_t> ids) const {
-    const StoredTensor& t = checkpoint_.get("embed");
-    const int64_t D = config_.hidden_size, bytes = row_bytes(t.value.dtype, D);
-    std::vector<float> out(ids.size() * size_t(D));
-    for (size_t i = 0; i < ids.size(); ++i) {
-      if (ids[i] < 0 || ids[i] >= config_.vocab_size) fail_input("token id {} is outside the vocabulary of {}", ids[i], config_.vocab_size);
-      dequantise(t.value.dtype, t.value.as<std::byte>() + ids[i] * bytes, out.data() + int64_t(i) * D, D);
+  const Config& config() const { return config_; }
+  const GqaShape& shape() const { return shape_; }
+
+  LayerMoments moments(const LayerCalibration& c) const {
+    LayerMoments m{c.inputs, c.mean, {}, {}};
+    if (o_.layer.constant != Constant::one) m.constants = c.distances.constants(theirs_), m.folded = c.distances.constants(ours_);
+    return m;
+  }
+  MlaMatrices make(const GqaMatrices& w, const LayerMoments& moments) const {
+    return convert_layer(shape_, w, moments, layer_, config_.latent_norm_eps);
+  }
+
+  // Under names without the layer's.
+  std::map<std::string, std::vector<double>> tensors(const MlaMatrices& m, const LayerMoments& moments) const {
+    std::map<std::string, std::vector<double>> out;
+    std::vector<double> kv_a_bias = m.kv_a_bias;
+    out["attn.kv_a"] = without_bias(m.kv_a, kv_a_bias);
+    out["attn.kv_a.bias"] = kv_a_bias;
+    out["attn.kv_a_norm"] = m.kv_a_norm;
+    out["attn.kv_b"] = m.kv_b.data;
+    if (o_.q_lora_rank == 0) {
+      out["attn.q"] = m.q.data;
+      return out;
     }
+    // W_Q ≈ W_UQ W_DQ over the inputs' second moments, with a norm in between that is made harmless as the other is.
+    const int64_t spare = o_.layer.latent_norm == LatentNorm::scale ? 0 : 1;
+    const LowRank f = factor(Method::svd, m.q, o_.q_lora_rank - spare, o_.layer.activations ? &moments.inputs : nullptr);
+    Matrix down(o_.q_lora_rank, m.q.cols), up(m.q.rows, o_.q_lora_rank);
+    std::copy(f.down.data.begin(), f.down.data.end(), down.data.begin());
+    NeutralNorm norm = neutral_norm(o_.layer.latent_norm, down, moments, config_.latent_norm_eps);
+    for (int64_t i = 0; i < up.rows; ++i)
+      for (int64_t j = 0; j < f.up.cols; ++j) up(i, j) = f.up(i, j) * norm.factor;
+    out["attn.q_a"] = without_bias(down, norm.bias);
+    out["attn.q_a.bias"] = norm.bias, out["attn.q_a_norm"] = norm.weight, out["attn.q_b"] = up.data;
     return out;
   }
 
  private:
-  Tensor norm(const char* name) {
-    norms_.push_back(decoded(checkpoint_.get(prefix_ + name)));
-    return vector_view(norms_.back());
-  }
-  Weight pack(const char* name) {
-    const StoredTensor& t = checkpoint_.get(prefix_ + name);
-    if (!is_quantised(t.value.dtype)) return device_.pack(t.value);
-    std::vector<float> values = decoded(t);
-    return device_.pack(view(values.data(), DType::f32, {t.value.shape[0], t.value.shape[1]}));
+  // The columns that meet the stream; what is behind them is added to `bias`.
+  std::vector<double> without_bias(const Matrix& w, std::vector<double>& bias) const {
+    if (w.cols == config_.hidden_size) return w.data;
+    std::vector<double> out;
+    for (int64_t i = 0; i < w.rows; ++i) {
+      out.insert(out.end(), w.row(i), w.row(i) + w.cols - 1);
+      bias[size_t(i)] += w(i, w.cols - 1);
+    }
+    return out;
   }
 
-  const Checkpoint& checkpoint_;
-  const Config& config_;
-  Device& device_;
-  std::string prefix_;
-  std::vector<std::vector<float>> norms_;
-  Layer layer_;
-  GqaMatrices matrices_;
+  GqaShape shape_;
+  const ConvertOptions& o_;
+  Config config_;
+  std::vector<double> theirs_;
+  LayerOptions layer_;
+  std::vector<double> ours_;  // of each of the original's pairs: its frequency less its slot's
 };
+
+// What a conversion has to know of a layer, summed window by window.
+class CalibrationSums {
+ public:
+  CalibrationSums(const Config& config, const GqaShape& shape, const ConvertOptions& o, Device& device)
+      : config_(config),
+        shape_(shape),
+        o_(o),
+        device_(device),
+        sums_(shape.hidden, 0, device.threads()),
+        mean_(size_t(shape.hidden)),
+        distances_(shape, o.window, o.layer.constant) {}
+
+  // x [n, D]: the stream before the layer.
+  void add(const Original& original, LayerRun& run, const Tensor& x) {
+    original.attention_inputs(x, inputs_);
+    const int64_t n = x.shape[0], D = shape_.hidden;
+    sums_.add(inputs_.data(), n);
+    for (int64_t i = 0; i < n * D; ++i) mean_[size_t(i % D)] += double(inputs_[size_t(i)]);
+    rows_ += n;
+    if (o_.layer.constant != Constant::one && windows_ < o_.constant_windows) add_distances(original, run, x);
+  }
+  LayerCalibration result() && {
+    LayerCalibration out{sums_.gram(), std::move(mean_), std::move(distances_)};
+    for (double& v : out.inputs.data) v /= double(rows_);
+    for (double& v : out.mean) v /= double(rows_);
+    return out;
+  }
+
+ private:
+  void add_distances(const Original& original, LayerRun& run, const Tensor& x) {
+    std::vector<float> copy(x.f32(), x.f32() + x.count());
+    Tensor q;
+    std::vector<float> queries;
+    run.attend(original.gqa(), view(copy.data(), DType::f32, {x.shape[0], x.shape[1]}), [&](const std::string& name, const Tensor& t) {
+      if (name == "attn.query") queries.assign(t.f32(), t.f32() + t.count()), q = t;
+      if (name != "attn.rows") return;
+      q.data = queries.data();
+      const Tensor k = view(t.data, DType::f32, {t.shape[0], 2 * shape_.groups, shape_.head_dim});
+      for (int64_t first = 0; first < t.shape[0] && windows_ < o_.constant_windows; first += o_.window, ++windows_)
+        distances_.add(slice(q, 0, first, o_.window), slice(k, 0, first, o_.window), float(config_.softmax_scale()), device_.threads());
+    });
+  }
+
+  const Config& config_;
+  const GqaShape& shape_;
+  const ConvertOptions& o_;
+  Device& device_;
+  Sums sums_;
+  std::vector<double> mean_;
+  DistanceSums distances_;
+  std::vector<float> inputs_;
+  int64_t rows_ = 0, windows_ = 0;
+};
+
+void drop_biases(Converted& c) {
+  if (!c.config.attention_bias) std::erase_if(c.tensors, [](const auto& t) { return t.first.ends_with(".bias"); });
+}
 
 class Converter {
  public:
@@ -116,13 +198,13 @@ class Converter {
         o_(o),
         device_(device),
         progress_(progress),
-        shape_(shape_of(config)),
-        frequencies_(frequencies_of(config, checkpoint)),
+        maker_(checkpoint, config, o),
+        shape_(maker_.shape()),
         windows_(int64_t(tokens.size()) / o.window),
         original_(checkpoint, config, device) {
-    out_.config = converted_config(config, o);
+    out_.config = maker_.config();
     const int64_t batch = std::min(batch_windows, windows_);
-    gqa_run_ = std::make_unique<LayerRun>(config_, frequencies_, device, o.window, batch);
+    gqa_run_ = std::make_unique<LayerRun>(config_, frequencies_of(config, checkpoint), device, o.window, batch);
     mla_run_ = std::make_unique<LayerRun>(out_.config, rope_frequencies(out_.config), device, o.window, batch);
     theirs_ = original_.embed(tokens.first(size_t(windows_ * o.window)));
     ours_ = theirs_;
@@ -132,19 +214,25 @@ class Converter {
   }
 
   Converted run() {
+    set_math_threads(1);
     for (int l = 0; l < config_.num_hidden_layers; ++l) {
       layer_ = l;
       phase_ = 0;
       original_.load(l);
       if (!o_.sequential) ours_ = theirs_;
-      const MlaMatrices m = convert_layer(shape_, original_.matrices(), moments(), o_.layer, out_.config.latent_norm_eps);
-      set("attn.q", m.q.data), set("attn.kv_a", m.kv_a.data), set("attn.kv_b", m.kv_b.data);
-      set("attn.kv_a.bias", m.kv_a_bias), set("attn.kv_a_norm", m.kv_a_norm);
-      set("attn.o.bias", std::vector<double>(size_t(shape_.hidden), 0.0));
+      const GqaMatrices weights = original_.matrices();
+      const LayerMoments moments = maker_.moments(calibrated());
+      MlaMatrices m = [&] {
+        const MathThreads all(device_.threads().count());
+        return maker_.make(weights, moments);
+      }();
+      if (o_.query_steps > 0) fit_queries(m, moments);
+      for (const auto& [name, values] : maker_.tensors(m, moments)) set(name.c_str(), values);
+      set("attn.o.bias", output_bias());
       set("attn.o", attention(m.o).data);
       feed_forward();
     }
-    if (!out_.config.attention_bias) std::erase_if(out_.tensors, [](const auto& t) { return t.first.ends_with(".bias"); });
+    drop_biases(out_);
     return std::move(out_);
   }
 
@@ -174,44 +262,58 @@ class Converter {
   }
   Weight pack(const char* name, int64_t rows, int64_t cols) { return pack(out_.tensors.at(named(name)), rows, cols); }
 
-  // Second moments of the inputs that the converted layer will meet, and the constants under the original's attention to them.
-  LayerMoments moments() {
-    const int64_t D = shape_.hidden;
-    Sums sums(D, 0);
-    LayerMoments out;
-    out.mean.assign(size_t(D), 0);
-    ConstantSums constants(shape_, frequencies_, o_.window, o_.layer.constant);
-    std::vector<float> normed, copy;
-    int64_t seen = 0;
-    each_batch([&](const Batch& b) {
-      normed.resize(size_t(b.rows * D));
-      const Tensor x = b.stream(ours_, D);
-      device_.rms_norm(x, original_.gqa().attn_norm, float(config_.rms_norm_eps), view(normed.data(), DType::f32, {b.rows, D}));
-      sums.add(normed.data(), b.rows);
-      for (int64_t i = 0; i < b.rows * D; ++i) out.mean[size_t(i % D)] += double(normed[size_t(i)]);
-      if (o_.layer.constant == Constant::one || seen >= o_.constant_windows) return;
-      copy.assign(x.f32(), x.f32() + b.rows * D);
-      add_constants(constants, view(copy.data(), DType::f32, {b.rows, D}), seen);
-    });
-    const auto rows = double(windows_ * o_.window);
-    out.inputs = sums.gram();
-    for (double& x : out.inputs.data) x /= rows;
-    for (double& x : out.mean) x /= rows;
-    if (o_.layer.constant != Constant::one) out.constants = constants.constants();
+  std::vector<double> output_bias() const {
+    std::vector<double> out(size_t(config_.hidden_size), 0);
+    if (const Tensor& bias = original_.gqa().o_bias; bias.data) std::copy_n(bias.f32(), bias.count(), out.begin());
     return out;
   }
 
-  void add_constants(ConstantSums& constants, Tensor x, int64_t& seen) {
-    Tensor q;
-    std::vector<float> queries;
-    gqa_run_->attend(original_.gqa(), x, [&](const std::string& name, const Tensor& t) {
-      if (name == "attn.query") queries.assign(t.f32(), t.f32() + t.count()), q = t;
+  // Of the inputs that the converted layer will meet, under the original's attention to them.
+  LayerCalibration calibrated() {
+    CalibrationSums sums(config_, shape_, o_, device_);
+    each_batch([&](const Batch& b) { sums.add(original_, *gqa_run_, b.stream(ours_, config_.hidden_size)); });
+    return std::move(sums).result();
+  }
+
+  void fit_queries(MlaMatrices& m, const LayerMoments& moments) {
+    for (const auto& [name, values] : maker_.tensors(m, moments)) set(name.c_str(), values);
+    const Config& c = out_.config;
+    const ScoreShape scores{
+        shape_, o_.window, c.qk_rope_head_dim, float(config_.softmax_scale()), float(c.softmax_scale()), rope_frequencies(c)};
+    const MlaWeights w = mla_weights();
+    std::vector<ScoreWindow> windows;
+    const int64_t step = std::max<int64_t>(1, windows_ / o_.score_windows);  // spread over the text
+    for (int64_t i = 0; i < windows_ && int64_t(windows.size()) < o_.score_windows; i += step) windows.push_back(score_window(i, w));
+    refit_queries(m.q, windows, scores, moments.inputs, o_.query_steps, device_.threads());
+  }
+
+  // A window's inputs, the original's queries and keys for them, and the converted keys.
+  ScoreWindow score_window(int64_t window, const MlaWeights& w) {
+    const Config& c = out_.config;
+    const int64_t T = o_.window, D = c.hidden_size, d = shape_.head_dim, h = shape_.heads, g = shape_.groups, r = c.kv_lora_rank;
+    const int64_t d_R = c.qk_rope_head_dim, both = d + c.v_head_dim;
+    ScoreWindow out;
+    const Tensor x = Batch{window * T, T}.stream(ours_, D);
+    original_.attention_inputs(x, out.inputs);
+    std::vector<float> copy;
+    const auto copied = [&] {
+      copy.assign(x.f32(), x.f32() + x.count());
+      return view(copy.data(), DType::f32, {T, D});
+    };
+    gqa_run_->attend(original_.gqa(), copied(), [&](const std::string& name, const Tensor& t) {
+      if (name == "attn.query") out.query.assign(t.f32(), t.f32() + t.count());
       if (name != "attn.rows") return;
-      q.data = queries.data();
-      const Tensor k = view(t.data, DType::f32, {t.shape[0], 2 * shape_.groups, shape_.head_dim});
-      for (int64_t first = 0; first < t.shape[0] && seen < o_.constant_windows; first += o_.window, ++seen)
-        constants.add(slice(q, 0, first, o_.window), slice(k, 0, first, o_.window), float(config_.softmax_scale()));
+      for (int64_t i = 0; i < T; ++i) out.key.insert(out.key.end(), t.f32() + i * 2 * g * d, t.f32() + i * 2 * g * d + g * d);
     });
+    std::vector<float> rows, expanded(size_t(T * h * both));
+    mla_run_->attend(w, copied(), [&](const std::string& name, const Tensor& t) {
+      if (name == "attn.latent") rows.assign(t.f32(), t.f32() + t.count());
+    });
+    const Tensor latent = slice(view(rows.data(), DType::f32, {T, r + d_R}), 1, 0, r);
+    device_.linear(latent, w.kv_b, {}, view(expanded.data(), DType::f32, {T, h * both}));
+    for (int64_t i = 0; i < T * h; ++i) out.still.insert(out.still.end(), expanded.data() + i * both, expanded.data() + i * both + d);
+    for (int64_t i = 0; i < T; ++i) out.rotary.insert(out.rotary.end(), rows.data() + i * (r + d_R) + r, rows.data() + (i + 1) * (r + d_R));
+    return out;
   }
 
   MlaWeights mla_weights() {
@@ -219,7 +321,13 @@ class Converter {
     const int64_t D = c.hidden_size, n_h = c.num_attention_heads, d_h = c.qk_nope_head_dim, row = c.kv_lora_rank + c.qk_rope_head_dim;
     MlaWeights w;
     w.attn_norm = original_.gqa().attn_norm;
-    w.q = pack("attn.q", n_h * c.query_dim(), D);
+    if (c.q_lora_rank > 0) {
+      w.q_a = pack("attn.q_a", c.q_lora_rank, D), w.q_b = pack("attn.q_b", n_h * c.query_dim(), c.q_lora_rank);
+      w.q_a_bias = vector_view(out_.tensors.at(named("attn.q_a.bias")));
+      w.q_a_norm = vector_view(out_.tensors.at(named("attn.q_a_norm")));
+    } else {
+      w.q = pack("attn.q", n_h * c.query_dim(), D);
+    }
     w.kv_a = pack("attn.kv_a", row, D);
     w.kv_a_bias = vector_view(out_.tensors.at(named("attn.kv_a.bias")));
     w.kv_a_norm = vector_view(out_.tensors.at(named("attn.kv_a_norm")));
@@ -230,9 +338,9 @@ class Converter {
 
   // Moves both streams behind the attention and returns W_O, refitted to what the stream should be there.
   Matrix attention(const Matrix& o) {
-    const int64_t D = shape_.hidden, cols = shape_.heads * shape_.head_dim;
+    const int64_t D = config_.hidden_size, cols = shape_.heads * shape_.head_dim;
     const MlaWeights w = mla_weights();
-    Sums sums(cols, D);
+    Sums sums(cols, D, device_.threads());
     std::vector<float> copy;
     each_batch([&](const Batch& b) {
       const Tensor ours = b.stream(ours_, D), theirs = b.stream(theirs_, D);
@@ -248,21 +356,21 @@ class Converter {
       if (o_.refit == Refit::none) return;
       const Tensor target = copied(o_.refit == Refit::drift ? theirs : ours);
       if (o_.refit == Refit::layer) gqa_run_->attend(original_.gqa(), target);
-      add_targets(sums, attended, target, ours);
+      add_targets(sums, attended, target, ours, original_.gqa().o_bias);
     });
     Matrix fitted = o_.refit == Refit::none ? o : refitted(o, sums, o_.output_ridge);
     std::vector<float> weights = rounded(fitted.data, o_.type);
     const Weight packed = pack(weights, D, cols);
     for (int64_t first = 0; first < windows_; first += batch_windows) {
       const Batch b{first * o_.window, std::min(batch_windows, windows_ - first) * o_.window};
-      device_.linear(b.stream(attended_, cols), packed, {}, b.stream(ours_, D), true);
+      device_.linear(b.stream(attended_, cols), packed, original_.gqa().o_bias, b.stream(ours_, D), true);
     }
     return fitted;
   }
 
   // Moves both streams behind the feed-forward network, whose W_down is refitted if that is asked for.
   void feed_forward() {
-    const int64_t D = shape_.hidden, width = config_.intermediate_size;
+    const int64_t D = config_.hidden_size, width = config_.intermediate_size;
     if (!o_.refit_down) {
       each_batch([&](const Batch& b) {
         gqa_run_->feed_forward(original_.layer(), b.stream(theirs_, D));
@@ -270,7 +378,7 @@ class Converter {
       });
       return;
     }
-    Sums sums(width, D);
+    Sums sums(width, D, device_.threads());
     std::vector<float> normed, gate, target;
     each_batch([&](const Batch& b) {
       const Tensor ours = b.stream(ours_, D), theirs = b.stream(theirs_, D), hidden = b.stream(hidden_, width);
@@ -283,7 +391,7 @@ class Converter {
       });
       gqa_run_->feed_forward(original_.layer(), theirs);
       target.assign(theirs.f32(), theirs.f32() + theirs.count());
-      add_targets(sums, hidden.f32(), view(target.data(), DType::f32, {b.rows, D}), ours);
+      add_targets(sums, hidden.f32(), view(target.data(), DType::f32, {b.rows, D}), ours, {});
     });
     const Matrix fitted = refitted(original_.matrix("ffn.down"), sums, o_.down_ridge);
     set("ffn.down", fitted.data);
@@ -294,15 +402,17 @@ class Converter {
     }
   }
 
-  // What W x should be: the target stream less ours, which is left in `target`.
-  static void add_targets(Sums& sums, const float* x, const Tensor& target, const Tensor& ours) {
-    for (int64_t i = 0; i < target.count(); ++i) target.f32()[i] -= ours.f32()[i];
+  // What W x should be: the target stream less ours and the bias, which is left in `target`.
+  static void add_targets(Sums& sums, const float* x, const Tensor& target, const Tensor& ours, const Tensor& bias) {
+    const int64_t D = target.shape[1];
+    for (int64_t i = 0; i < target.count(); ++i) target.f32()[i] -= ours.f32()[i] + (bias.data ? bias.f32()[i % D] : 0.0F);
     sums.add(x, target.shape[0]);
     sums.add_cross(x, target.f32(), target.shape[0]);
   }
 
   // W + argmin_Δ Σ ‖y − (W + Δ) x‖² + λ ‖Δ‖²; sums hold Σ x xᵀ and Σ x yᵀ.
-  static Matrix refitted(const Matrix& w, const Sums& sums, double ridge) {
+  Matrix refitted(const Matrix& w, const Sums& sums, double ridge) const {
+    const MathThreads all(device_.threads().count());
     const Matrix gram = sums.gram();
     double diagonal = 0;
     for (int64_t i = 0; i < gram.rows; ++i) diagonal += gram(i, i);
@@ -318,8 +428,8 @@ class Converter {
   const ConvertOptions& o_;
   Device& device_;
   const Progress& progress_;
-  GqaShape shape_;
-  std::vector<double> frequencies_;
+  LayerMaker maker_;
+  const GqaShape& shape_;
   int64_t windows_;
   Original original_;
   Converted out_;
@@ -332,10 +442,6 @@ class Converter {
 
 void check_tensors(const Checkpoint& checkpoint, const Config& config) {
   for (const StoredTensor& t : checkpoint.tensors()) {
-    if (t.name.ends_with(".bias"))
-      fail_input(
-          "the model has a bias, {}, which a DeepSeek-V2 checkpoint without a query latent cannot hold; such models are not converted",
-          t.name);
     for (float x : decoded(t))
       if (!std::isfinite(x)) fail_input("tensor {} holds {}; only finite weights can be converted", t.name, x);
   }
@@ -350,11 +456,23 @@ void check_tensors(const Checkpoint& checkpoint, const Config& config) {
 
 }  // namespace
 
+namespace {
+
+void check_text(std::span<const int32_t> tokens, const ConvertOptions& o) {
+  if (o.window < 2) fail_input("a calibration window of {} tokens is too short; give at least 2", o.window);
+  if (int64_t(tokens.size()) < o.window)
+    fail_input("the calibration text has {} tokens, less than a window of {}; give a longer text", tokens.size(), o.window);
+}
+
+}  // namespace
+
 Config converted_config(const Config& config, const ConvertOptions& o) {
   Config c = config;
   c.family = Family::deepseek_v2;
   c.kv_lora_rank = int(o.layer.kv_lora_rank);
+  c.q_lora_rank = int(o.q_lora_rank);
   c.qk_rope_head_dim = int(o.layer.qk_rope_head_dim);
+  if (o.rope_theta > 0) c.rope_theta = o.rope_theta;
   c.qk_nope_head_dim = c.v_head_dim = config.head_dim;
   c.num_key_value_heads = config.num_attention_heads;
   c.rope_interleaved = true;
@@ -372,24 +490,85 @@ void check_convertible(const Checkpoint& checkpoint, const Config& config, const
     fail_input(
         "the model's rotary frequencies are stretched by YaRN, whose softmax scale DeepSeek-V2 reads differently; it is not converted");
   if (o.type != DType::bf16 && o.type != DType::f32) fail_input("a converted model is written as bf16 or f32, not {}", info(o.type).name);
-  check_layer_options(shape_of(config), o.layer);
-  const std::vector<double> theirs = frequencies_of(config, checkpoint), ours = rope_frequencies(converted_config(config, o));
-  const size_t step = theirs.size() / ours.size();
-  for (size_t i = 0; i < ours.size(); ++i)
-    if (std::fabs(ours[i] - theirs[i * step]) > 1e-5 * theirs[i * step])
-      fail_input("rotary frequency {} of the model is {}, and a DeepSeek-V2 checkpoint of rotary width {} would turn by {}", i * step,
-                 theirs[i * step], o.layer.qk_rope_head_dim, ours[i]);
+  const GqaShape shape = shape_of(checkpoint, config);
+  LayerOptions layer = o.layer;
+  layer.slots.resize(1);  // are chosen below, once the width is known to fit
+  check_layer_options(shape, layer);
+  if (o.rope_theta < 0 || !std::isfinite(o.rope_theta)) fail_input("the rotary base is {}; it must be above 0", o.rope_theta);
+  for (const auto& slot : slots_of(checkpoint, config, o))
+    if (slot.empty())
+      fail_input(
+          "a rotary width of {} over a base of {} has pairs that none of the model's is nearest to; take a narrower one or a larger base",
+          o.layer.qk_rope_head_dim, converted_config(config, o).rope_theta);
+  const int64_t queries = std::min(shape.heads * (shape.head_dim + o.layer.qk_rope_head_dim), shape.hidden);
+  const int64_t spare = o.layer.latent_norm == LatentNorm::scale ? 0 : 1;
+  if (o.q_lora_rank != 0 && (o.q_lora_rank < 1 + spare || o.q_lora_rank > queries + spare))
+    fail_input("a query latent of {} elements does not fit; give {} to {}", o.q_lora_rank, 1 + spare, queries + spare);
+  if (has_biases(checkpoint) && (o.q_lora_rank == 0 || o.layer.latent_norm != LatentNorm::constant))
+    fail_input("the model has biases, which need a query latent and the latents' norms held by a constant");
+  if (checkpoint.find("layers.0.attn.o.bias") && o.layer.latent_norm != LatentNorm::constant)
+    fail_input("the model has a bias behind W_O, which needs the latent's norm held by a constant");
   check_tensors(checkpoint, config);
+}
+
+std::vector<LayerCalibration> calibrate(const Checkpoint& checkpoint, std::span<const int32_t> tokens, const ConvertOptions& o,
+                                        Device& device, const Progress& progress) {
+  const Config config = read_config(checkpoint);
+  check_text(tokens, o);
+  set_math_threads(1);
+  const GqaShape shape = shape_of(checkpoint, config);
+  const int64_t D = config.hidden_size, windows = int64_t(tokens.size()) / o.window;
+  Original original(checkpoint, config, device);
+  LayerRun run(config, frequencies_of(config, checkpoint), device, o.window, std::min(batch_windows, windows));
+  std::vector<float> stream = original.embed(tokens.first(size_t(windows * o.window)));
+  std::vector<LayerCalibration> out;
+  for (int l = 0; l < config.num_hidden_layers; ++l) {
+    original.load(l);
+    CalibrationSums sums(config, shape, o, device);
+    for (int64_t first = 0; first < windows; first += batch_windows) {
+      if (progress) progress((l + double(first) / double(windows)) / config.num_hidden_layers);
+      const int64_t rows = std::min(batch_windows, windows - first) * o.window;
+      const Tensor x = view(stream.data() + first * o.window * D, DType::f32, {rows, D});
+      sums.add(original, run, x);
+      run.attend(original.gqa(), x);
+      run.feed_forward(original.layer(), x);
+    }
+    out.push_back(std::move(sums).result());
+  }
+  return out;
+}
+
+Converted convert(const Checkpoint& checkpoint, std::span<const LayerCalibration> calibration, const ConvertOptions& options,
+                  Device& device, const Progress& progress) {
+  const Config config = read_config(checkpoint);
+  check_convertible(checkpoint, config, options);
+  CHECK(int(calibration.size()) == config.num_hidden_layers, "{} layers calibrated of {}", calibration.size(), config.num_hidden_layers);
+  const LayerMaker maker(checkpoint, config, options);
+  Original original(checkpoint, config, device);
+  Converted out{maker.config(), {}};
+  const MathThreads all(device.threads().count());
+  for (int l = 0; l < config.num_hidden_layers; ++l) {
+    if (progress) progress(double(l) / config.num_hidden_layers);
+    original.load(l);
+    const LayerMoments moments = maker.moments(calibration[size_t(l)]);
+    const MlaMatrices m = maker.make(original.matrices(), moments);
+    for (const auto& [name, values] : maker.tensors(m, moments))
+      out.tensors[fmt::format("layers.{}.{}", l, name)] = rounded(values, options.type);
+    std::vector<double> bias(size_t(config.hidden_size), 0);
+    if (const Tensor& stored = original.gqa().o_bias; stored.data) std::copy_n(stored.f32(), stored.count(), bias.begin());
+    out.tensors[fmt::format("layers.{}.attn.o.bias", l)] = rounded(bias, options.type);
+  }
+  drop_biases(out);
+  return out;
 }
 
 Converted convert(const Checkpoint& checkpoint, std::span<const int32_t> tokens, const ConvertOptions& options, Device& device,
                   const Progress& progress) {
   const Config config = read_config(checkpoint);
   check_convertible(checkpoint, config, options);
-  if (options.window < 2) fail_input("a calibration window of {} tokens is too short; give at least 2", options.window);
-  if (int64_t(tokens.size()) < options.window)
-    fail_input("the calibration text has {} tokens, less than a window of {}; give a longer text", tokens.size(), options.window);
-  set_math_threads(device.threads().count());
+  check_text(tokens, options);
+  if (!options.sequential && options.refit == Refit::none && !options.refit_down && options.query_steps == 0)
+    return convert(checkpoint, calibrate(checkpoint, tokens, options, device, progress), options, device);
   return Converter(checkpoint, config, tokens, options, device, progress).run();
 }
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace mla {
 namespace {
@@ -92,15 +93,26 @@ class Conversion {
     return m_.constants.empty() ? Complex(1) : m_.constants[size_t(head * s_.pairs() + pair)];
   }
 
-  // What a channel's rotation is worth: E|q|², times what its best constant misses of it.
+  Complex folded(int64_t head, int64_t pair) const { return m_.folded.empty() ? Complex(1) : m_.folded[size_t(head * s_.pairs() + pair)]; }
+
+  // What a channel's rotation is worth: E|q|², times what a constant misses of it and the slot's rotation does not.
   double weight(const Matrix& q_energy, int64_t g, int64_t pair) const {
-    double energy = 0, missed = 0;
+    double energy = 0, gained = 0;
     const int64_t per_group = s_.heads / s_.groups;
     for (int64_t i = g * per_group; i < (g + 1) * per_group; ++i) {
       energy += q_energy(i, pair);
-      missed += 1 - std::norm(constant(i, pair));
+      gained += std::norm(folded(i, pair)) - std::norm(constant(i, pair));
     }
-    return std::sqrt(energy * (m_.constants.empty() ? 1 : std::max(missed / double(per_group), 1e-4)));
+    return std::sqrt(energy * (m_.constants.empty() ? 1 : std::max(gained / double(per_group), 1e-4)));
+  }
+
+  std::vector<std::vector<int64_t>> slots() const {
+    if (!o_.slots.empty()) return o_.slots;
+    const int64_t n = o_.qk_rope_head_dim / 2, step = s_.pairs() / n;
+    std::vector<std::vector<int64_t>> out(static_cast<size_t>(n));
+    for (int64_t p = 0; p < n * step; ++p)
+      if (o_.fold || p % step == 0) out[size_t(p / step)].push_back(p);
+    return out;
   }
 
   Matrix query_energy() const {  // E|q|² of each head and pair
@@ -116,14 +128,16 @@ class Conversion {
   // Each rotary pair takes the complex direction over all KV heads, and over the frequencies folded into it, that carries the most: k is
   // u (b^H k) + rest, and the rest loses its rotation. Within one frequency this is exact for what is kept, since all heads turn alike.
   void choose_rotary() {
-    const int64_t D = s_.hidden, slots = o_.qk_rope_head_dim / 2, step = s_.pairs() / slots, folded = o_.fold ? step : 1;
-    const int64_t n = s_.groups * folded, d = s_.head_dim;
+    const int64_t D = s_.hidden, slots = o_.qk_rope_head_dim / 2, d = s_.head_dim;
+    const std::vector<std::vector<int64_t>> pairs = this->slots();
     const Matrix moments = multiply(multiply(k_, c_), k_, Transposed::right), energy = query_energy();
     rest_ = k_;
     rotary_key_ = Matrix(2 * slots, D);
     rotary_query_ = Matrix(s_.heads * 2 * slots, D);
     for (int64_t slot = 0; slot < slots; ++slot) {
-      const auto channel = [&](int64_t i) { return std::pair(i / folded, slot * step + i % folded); };  // group, frequency
+      const std::vector<int64_t>& own = pairs[size_t(slot)];
+      const auto here = int64_t(own.size()), n = s_.groups * here;
+      const auto channel = [&](int64_t i) { return std::pair(i / here, own[size_t(i % here)]); };  // group, frequency
       std::vector<double> weights;
       for (int64_t i = 0; i < n; ++i)
         weights.push_back(o_.metric ? std::max(weight(energy, channel(i).first, channel(i).second), 1e-12) : 1);
@@ -149,8 +163,8 @@ class Conversion {
         add_scaled(-back, key_re, key_im, rest_.row(g * d + f), rest_.row(g * d + f + s_.pairs()), D);
         for (int64_t head = 0; head < s_.heads; ++head)
           if (group(head) == g)
-            add_scaled(std::conj(back), q_.row(re(head, f)), q_.row(im(head, f)), rotary_query_.row(head * 2 * slots + 2 * slot),
-                       rotary_query_.row(head * 2 * slots + 2 * slot + 1), D);
+            add_scaled(std::conj(back * folded(head, f)), q_.row(re(head, f)), q_.row(im(head, f)),
+                       rotary_query_.row(head * 2 * slots + 2 * slot), rotary_query_.row(head * 2 * slots + 2 * slot + 1), D);
       }
     }
     // Without its rotation a score is Re(conj(q) z k) = Re(conj(conj(z) q) k).
@@ -221,36 +235,15 @@ class Conversion {
     return kv_b;
   }
 
-  // RMSNorm divides the latent by rms = √((‖c‖² + B²)/r + ε). With B far above ‖c‖ that is one number, which the norm's weight undoes;
-  // the constant itself has weight 0, so that the cache keeps none of it.
   void neutralise_norm(MlaMatrices& out, double eps) const {
     const int64_t r = o_.kv_lora_rank;
-    Matrix latent(o_.latent_rank(), s_.hidden);
-    std::copy_n(out.kv_a.data.begin(), latent.data.size(), latent.data.begin());
-    const double energy = inner_product(multiply(latent, m_.inputs), latent);
-    out.kv_a_bias.assign(size_t(r + o_.qk_rope_head_dim), 0);
-    double constant = 0;
-    if (o_.latent_norm != LatentNorm::scale) {
-      constant = std::exp2(std::ceil(std::log2(1024 * std::sqrt(std::max(energy, 1e-30)))));  // a power of two is exact in every type
-      if (o_.latent_norm == LatentNorm::constant)
-        out.kv_a_bias[size_t(r - 1)] = constant;
-      else
-        put_functional(out.kv_a.row(r - 1), constant);
-    }
-    const double rms = std::sqrt((energy + constant * constant) / double(r) + eps);
-    const double weight = double(bf16_to_f32(f32_to_bf16(float(rms))));  // what it lacks goes into kv_b
-    out.kv_a_norm.assign(size_t(r), weight);
-    if (constant > 0) out.kv_a_norm[size_t(r - 1)] = 0;
-    for (double& x : out.kv_b.data) x *= rms / weight;
-  }
-
-  // The row v that makes v·a nearest to `constant`: E[a aᵀ] v = constant E[a].
-  void put_functional(double* row, double constant) const {
-    Matrix b(s_.hidden, 1);
-    double trace = 0;
-    for (int64_t i = 0; i < s_.hidden; ++i) b(i, 0) = constant * m_.mean[size_t(i)], trace += m_.inputs(i, i);
-    const Matrix v = solve_ridge(m_.inputs, 1e-9 * trace, b);
-    std::copy(v.data.begin(), v.data.end(), row);
+    Matrix down(r, s_.hidden);
+    std::copy_n(out.kv_a.data.begin(), down.data.size(), down.data.begin());
+    NeutralNorm norm = neutral_norm(o_.latent_norm, down, m_, eps);
+    put_rows(out.kv_a, 0, down);
+    out.kv_a_bias = std::move(norm.bias), out.kv_a_norm = std::move(norm.weight);
+    out.kv_a_bias.resize(size_t(r + o_.qk_rope_head_dim));
+    for (double& x : out.kv_b.data) x *= norm.factor;
   }
 
   const GqaShape& s_;
@@ -264,15 +257,47 @@ class Conversion {
   Matrix rotary_query_, still_query_;  // [h d_R, D], [h d, D]
 };
 
+// The row v that makes v·a nearest to `constant`: E[a aᵀ] v = constant E[a].
+void put_functional(double* row, double constant, const LayerMoments& m) {
+  Matrix b(m.inputs.rows, 1);
+  double trace = 0;
+  for (int64_t i = 0; i < b.rows; ++i) b(i, 0) = constant * m.mean[size_t(i)], trace += m.inputs(i, i);
+  const Matrix v = solve_ridge(m.inputs, 1e-9 * trace, b);
+  std::copy(v.data.begin(), v.data.end(), row);
+}
+
 }  // namespace
+
+// RMSNorm divides the latent by rms = √((‖c‖² + B²)/r + ε). With B far above ‖c‖ that is one number, which the norm's weight undoes; the
+// constant itself has weight 0, so that the cache keeps none of it.
+NeutralNorm neutral_norm(LatentNorm which, Matrix& down, const LayerMoments& m, double eps) {
+  const int64_t r = down.rows;
+  NeutralNorm out;
+  out.bias.assign(size_t(r), 0);
+  double energy = 0, constant = 0;
+  const Matrix covered = multiply(down, m.inputs);
+  const int64_t kept = which == LatentNorm::scale ? r : r - 1;
+  for (int64_t i = 0; i < kept; ++i) energy += std::inner_product(covered.row(i), covered.row(i) + down.cols, down.row(i), 0.0);
+  if (which != LatentNorm::scale) {
+    constant = std::exp2(std::ceil(std::log2(1024 * std::sqrt(std::max(energy, 1e-30)))));  // a power of two is exact in every type
+    if (which == LatentNorm::constant)
+      out.bias[size_t(r - 1)] = constant;
+    else
+      put_functional(down.row(r - 1), constant, m);
+  }
+  const double rms = std::sqrt((energy + constant * constant) / double(r) + eps);
+  const double weight = double(bf16_to_f32(f32_to_bf16(float(rms))));  // what it lacks goes into what reads the latent
+  out.weight.assign(size_t(r), weight);
+  if (constant > 0) out.weight[size_t(r - 1)] = 0;
+  out.factor = rms / weight;
+  return out;
+}
 
 void check_layer_options(const GqaShape& s, const LayerOptions& o) {
   const int64_t d_R = o.qk_rope_head_dim, most = std::min(2 * s.groups * s.head_dim, s.hidden), spare = o.kv_lora_rank - o.latent_rank();
-  if (d_R < 2 || d_R > s.head_dim || s.head_dim % d_R != 0 || d_R % 2 != 0)
-    fail_input(
-        "a rotary width of {} does not fit heads of {}; it must be even and divide that, so that the checkpoint's one ladder of "
-        "frequencies holds the original's",
-        d_R, s.head_dim);
+  if (d_R < 2 || d_R > s.head_dim || d_R % 2 != 0 || (o.slots.empty() && s.head_dim % d_R != 0))
+    fail_input("a rotary width of {} does not fit heads of {}; it must be even and no wider{}", d_R, s.head_dim,
+               o.slots.empty() ? ", and divide that" : "");
   if (o.latent_rank() < 1 || o.latent_rank() > most)
     fail_input("a latent of {} elements is {}; give {} to {}{}", o.kv_lora_rank, o.latent_rank() < 1 ? "too small" : "more than full rank",
                1 + spare, most + spare, spare ? " (one holds the constant that makes the latent's norm harmless)" : "");

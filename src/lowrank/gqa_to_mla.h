@@ -26,24 +26,28 @@ struct LayerOptions {
   double value_share = 2;   // β: the values' energy in the metric, over the keys'
   LatentNorm latent_norm = LatentNorm::constant;
   uint64_t seed = 0;
+  // The original's pairs that each rotary pair stands for; empty: neighbours in equal numbers.
+  std::vector<std::vector<int64_t>> slots;
 
   int64_t latent_rank() const { return kv_lora_rank - (latent_norm == LatentNorm::scale ? 0 : 1); }  // what is left for keys and values
 };
 
 struct GqaShape {
-  int64_t heads, groups, head_dim, hidden;
-  bool interleaved;  // rotary pairs are rows (2i, 2i+1) of a head; else (i, i + head_dim/2)
+  int64_t heads, groups, head_dim, hidden;  // hidden: columns of W_Q, W_K and W_V; one more than the stream where the last are biases
+  bool interleaved;                         // rotary pairs are rows (2i, 2i+1) of a head; else (i, i + head_dim/2)
   int64_t pairs() const { return head_dim / 2; }
 };
 
 struct GqaMatrices {
-  Matrix q, k, v, o;  // [h d, D], [g d, D], [g d, D], [D, h d]
+  Matrix q, k, v, o;  // [h d, D], [g d, D], [g d, D], [stream, h d]
 };
 
 struct LayerMoments {
-  Matrix inputs;                                // E[a aᵀ] of the normed stream a [D, D]
-  std::vector<double> mean;                     // E[a]
-  std::vector<std::complex<double>> constants;  // for each query head and pair [h, d/2]; empty: 1
+  Matrix inputs;             // E[a aᵀ] of the normed stream a [D, D]; where there are biases, a ends in a 1
+  std::vector<double> mean;  // E[a]
+  // For each query head and pair [h, d/2], what stands for its rotation where it has none, and for what its rotation lacks where it turns
+  // by its slot's frequency instead; empty: 1.
+  std::vector<std::complex<double>> constants, folded;
 };
 
 struct MlaMatrices {
@@ -53,6 +57,14 @@ struct MlaMatrices {
   Matrix kv_b;                               // [h (d + d), r]
   Matrix o;                                  // [D, h d]
 };
+
+// What makes the RMSNorm on a latent harmless: `weight` behind it, `bias` of the latent, whose last element may be the constant; what reads
+// the latent is multiplied by `factor`. `down` [r, D]: its last row is written where that is the constant.
+struct NeutralNorm {
+  std::vector<double> bias, weight;  // [r]
+  double factor = 1;
+};
+NeutralNorm neutral_norm(LatentNorm which, Matrix& down, const LayerMoments& moments, double norm_eps);
 
 // Raises Error where rank or rotary width do not fit the shape. `norm_eps` is that of the latent's norm.
 void check_layer_options(const GqaShape& shape, const LayerOptions& options);

@@ -2,11 +2,13 @@
 #include "lowrank/layer_run.h"
 
 #include "core/check.h"
+#include "core/threads.h"
 #include "model/rope.h"
 
 #include <cblas.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 namespace mla {
@@ -55,17 +57,30 @@ void LayerRun::feed_forward(const Layer& layer, Tensor x) {
   run(x.shape[0], {}, [&](Step& step) { mla::feed_forward(step, layer, x); });
 }
 
+namespace {
+
+// Blocks of rows of the result, one a task: C [m, n] = xᵀ y of those rows, and of a symmetric result only what is left of the diagonal.
+void product_of_columns(Threads& threads, const float* x, int64_t m, const float* y, int64_t n, int64_t rows, bool symmetric, float* c) {
+  constexpr int64_t block = 96;
+  threads.parallel((m + block - 1) / block, [&](int64_t task, int) {
+    const int64_t from = task * block, height = std::min(block, m - from), width = symmetric ? from + height : n;
+    cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, blasint(height), blasint(width), blasint(rows), 1, x + from, blasint(m), y,
+                blasint(n), 0, c + from * n, blasint(n));
+  });
+}
+
+}  // namespace
+
 void Sums::add(const float* x, int64_t rows) {
-  const auto n = blasint(gram_.rows);
+  const int64_t n = gram_.rows;
   scratch_.assign(gram_.data.size(), 0);
-  cblas_ssyrk(CblasRowMajor, CblasLower, CblasTrans, n, blasint(rows), 1, x, n, 0, scratch_.data(), n);
+  product_of_columns(threads_, x, n, x, n, rows, true, scratch_.data());
   for (size_t i = 0; i < scratch_.size(); ++i) gram_.data[i] += double(scratch_[i]);
 }
 
 void Sums::add_cross(const float* x, const float* y, int64_t rows) {
-  const auto m = blasint(cross_.rows), n = blasint(cross_.cols);
   scratch_.resize(cross_.data.size());
-  cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, m, n, blasint(rows), 1, x, m, y, n, 0, scratch_.data(), n);
+  product_of_columns(threads_, x, cross_.rows, y, cross_.cols, rows, false, scratch_.data());
   for (size_t i = 0; i < scratch_.size(); ++i) cross_.data[i] += double(scratch_[i]);
 }
 
@@ -76,69 +91,89 @@ Matrix Sums::gram() const {
   return whole;
 }
 
-ConstantSums::ConstantSums(const GqaShape& shape, const std::vector<double>& frequencies, int64_t window, Constant which)
-    : shape_(shape), window_(window), weighted_(which == Constant::least_squares) {
-  for (int64_t t = 0; t < window; ++t)
-    for (double f : frequencies) {
-      cos_.push_back(float(std::cos(f * double(t))));
-      sin_.push_back(float(std::sin(f * double(t))));
-    }
-  scores_.resize(size_t(window * window));
-  weighted_keys_.resize(size_t(window * 3 * shape.pairs()));
-  seen_.resize(weighted_keys_.size());
-  numerator_.resize(size_t(shape.heads * shape.pairs()));
-  denominator_.resize(numerator_.size());
+namespace {
+
+// e^x for x ≤ 0 to 2·10⁻⁷, in operations that compilers turn into vectors: 2^n 2^f with f in [−½, ½].
+float exp_below_zero(float x) {
+  const float y = std::max(x * 1.44269504F, -126.0F);
+  const float shifted = y + 12582912.0F;  // rounds to an integer, which ends up in the low bits
+  const float f = (y - (shifted - 12582912.0F)) * 0.693147181F;
+  const auto n = std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(12582912.0F);
+  const float power = std::bit_cast<float>((n + 127) << 23);
+  return power * (1 + f * (1 + f * (0.5F + f * (0.166666667F + f * (0.0416666667F + f * (0.00833333333F + f * 0.00138888889F))))));
 }
 
-double ConstantSums::squared(const float* row, int64_t pair) const {
-  const float a = row[shape_.interleaved ? 2 * pair : pair], b = row[shape_.interleaved ? 2 * pair + 1 : pair + shape_.pairs()];
-  return double(a) * a + double(b) * b;  // a rotation keeps it
-}
+}  // namespace
 
-void ConstantSums::add(const Tensor& q, const Tensor& k, float scale) {
-  for (int64_t head = 0; head < shape_.heads; ++head) add_head(head, q, k, scale);
-}
-
-// Σ P(t, s) |q_t|² |k_s|² e^{iθ(s−t)}, over the same without the exponential: one product of P with the keys' energies, times cosine,
-// sine and 1, and then a sum over t.
-void ConstantSums::add_head(int64_t head, const Tensor& q, const Tensor& k, float scale) {
-  const int64_t T = window_, F = shape_.pairs(), d = shape_.head_dim, g = head / (shape_.heads / shape_.groups);
-  const float* queries = q.f32() + head * q.stride[1];
-  const float* keys = k.f32() + g * k.stride[1];
-  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, blasint(T), blasint(T), blasint(d), scale, queries, blasint(q.stride[0]), keys,
-              blasint(k.stride[0]), 0, scores_.data(), blasint(T));
-  for (int64_t t = 0; t < T; ++t) {
-    float* row = scores_.data() + t * T;
-    const float most = *std::max_element(row, row + t + 1);
+void causal_softmax(float* scores, int64_t from, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = scores + i * cols;
+    const int64_t seen = from + i + 1;
+    const float most = *std::max_element(row, row + seen);
     float sum = 0;
-    for (int64_t s = 0; s <= t; ++s) sum += row[s] = std::exp(row[s] - most);
-    for (int64_t s = 0; s <= t; ++s) row[s] /= sum;
-    std::fill(row + t + 1, row + T, 0.0F);
-    if (weighted_) row[0] = 0;  // attention to the first token is about what it is, not how far away
+    for (int64_t s = 0; s < seen; ++s) row[s] = exp_below_zero(row[s] - most);
+    for (int64_t s = 0; s < seen; ++s) sum += row[s];
+    const float scale = 1 / sum;
+    for (int64_t s = 0; s < seen; ++s) row[s] *= scale;
+    std::fill(row + seen, row + cols, 0.0F);
   }
-  for (int64_t s = 0; s < T; ++s)
-    for (int64_t f = 0; f < F; ++f) {
-      const float energy = weighted_ ? float(squared(keys + s * k.stride[0], f)) : 1;
-      float* to = weighted_keys_.data() + s * 3 * F + f;
-      to[0] = energy * cos_[size_t(s * F + f)];
-      to[F] = energy * sin_[size_t(s * F + f)];
-      to[2 * F] = energy;
-    }
-  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, blasint(T), blasint(3 * F), blasint(T), 1, scores_.data(), blasint(T),
-              weighted_keys_.data(), blasint(3 * F), 0, seen_.data(), blasint(3 * F));
-  for (int64_t t = 0; t < T; ++t)
-    for (int64_t f = 0; f < F; ++f) {
-      const double energy = weighted_ ? squared(queries + t * q.stride[0], f) : 1;
-      const float* from = seen_.data() + t * 3 * F + f;
-      const std::complex<double> back(cos_[size_t(t * F + f)], -sin_[size_t(t * F + f)]);
-      numerator_[size_t(head * F + f)] += energy * back * std::complex<double>(from[0], from[F]);
-      denominator_[size_t(head * F + f)] += energy * double(from[2 * F]);
-    }
 }
 
-std::vector<std::complex<double>> ConstantSums::constants() const {
-  std::vector<std::complex<double>> out = numerator_;
-  for (size_t i = 0; i < out.size(); ++i) out[i] /= std::max(denominator_[i], 1e-30);
+DistanceSums::DistanceSums(const GqaShape& shape, int64_t window, Constant which)
+    : shape_(shape), window_(window), weighted_(which == Constant::least_squares), paid_(size_t(shape.heads * window * shape.pairs())) {}
+
+void DistanceSums::add(const Tensor& q, const Tensor& k, float scale, Threads& threads) {
+  threads.parallel(shape_.heads, [&](int64_t head, int) { add_head(head, q, k, scale); });
+}
+
+std::vector<float> DistanceSums::energies(const Tensor& x, int64_t head) const {  // [T, d/2]; a rotation keeps them
+  const int64_t F = shape_.pairs();
+  std::vector<float> out(size_t(window_ * F), 1);
+  for (int64_t t = 0; weighted_ && t < window_; ++t)
+    for (int64_t f = 0; f < F; ++f) {
+      const float* row = x.f32() + t * x.stride[0] + head * x.stride[1];
+      const float a = row[shape_.interleaved ? 2 * f : f], b = row[shape_.interleaved ? 2 * f + 1 : f + F];
+      out[size_t(t * F + f)] = a * a + b * b;
+    }
+  return out;
+}
+
+void DistanceSums::add_head(int64_t head, const Tensor& q, const Tensor& k, float scale) {
+  const int64_t T = window_, F = shape_.pairs(), group = head / (shape_.heads / shape_.groups);
+  std::vector<float> scores(static_cast<size_t>(T * T)), paid(size_t(T * F));
+  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, blasint(T), blasint(T), blasint(shape_.head_dim), scale,
+              q.f32() + head * q.stride[1], blasint(q.stride[0]), k.f32() + group * k.stride[1], blasint(k.stride[0]), 0, scores.data(),
+              blasint(T));
+  causal_softmax(scores.data(), 0, T, T);
+  const std::vector<float> queries = energies(q, head), keys = energies(k, group);
+  for (int64_t t = 0; t < T; ++t) {
+    const float* query = queries.data() + t * F;
+    // Attention to the first token is about what it is, not how far away.
+    for (int64_t s = weighted_ ? 1 : 0; s <= t; ++s) {
+      const float p = scores[size_t(t * T + s)];
+      const float* key = keys.data() + s * F;
+      float* to = paid.data() + (t - s) * F;
+      for (int64_t f = 0; f < F; ++f) to[f] += p * query[f] * key[f];
+    }
+  }
+  double* sum = paid_.data() + head * T * F;
+  for (size_t i = 0; i < paid.size(); ++i) sum[i] += double(paid[i]);
+}
+
+std::vector<std::complex<double>> DistanceSums::constants(const std::vector<double>& frequencies) const {
+  const int64_t F = shape_.pairs();
+  std::vector<std::complex<double>> out(size_t(shape_.heads * F));
+  for (int64_t f = 0; f < F; ++f)
+    for (int64_t head = 0; head < shape_.heads; ++head) {
+      std::complex<double> turned = 0;
+      double whole = 1e-30;
+      for (int64_t distance = 0; distance < window_; ++distance) {
+        const double paid = paid_[size_t((head * window_ + distance) * F + f)];
+        turned += paid * std::polar(1.0, -frequencies[size_t(f)] * double(distance));
+        whole += paid;
+      }
+      out[size_t(head * F + f)] = turned / whole;
+    }
   return out;
 }
 

@@ -8,6 +8,8 @@
 
 namespace mla {
 
+class Threads;
+
 // A batch of windows of one length, each from position 0, through one layer's attention or feed-forward network.
 class LayerRun {
  public:
@@ -33,39 +35,42 @@ class LayerRun {
   std::vector<double> frequencies_;
 };
 
-// Σ xᵀx and Σ xᵀy over rows of f32, summed in f32 within a call and in double over calls.
+// Σ xᵀx and Σ xᵀy over rows of f32, summed in f32 within a call and in double over calls. Our threads do it, each with BLAS to itself.
 class Sums {
  public:
-  Sums(int64_t x_cols, int64_t y_cols) : gram_(x_cols, x_cols), cross_(x_cols, y_cols) {}
+  Sums(int64_t x_cols, int64_t y_cols, Threads& threads) : threads_(threads), gram_(x_cols, x_cols), cross_(x_cols, y_cols) {}
   void add(const float* x, int64_t rows);  // xᵀx
   void add_cross(const float* x, const float* y, int64_t rows);
   Matrix gram() const;  // both triangles
   const Matrix& cross() const { return cross_; }
 
  private:
+  Threads& threads_;
   Matrix gram_, cross_;  // of the gram, the lower triangle
   std::vector<float> scratch_;
 };
 
-// For each query head and rotary pair, the constant that stands best for e^{iθ(s−t)} under the attention of a GQA layer.
-class ConstantSums {
+// For each query head, rotary pair and distance Δ = t − s, the attention paid over that distance in a GQA layer, Σ P(t, s) |q_t|² |k_s|² of
+// the pair, or Σ P alone. Which constant stands best for which rotation follows from it.
+class DistanceSums {
  public:
-  ConstantSums(const GqaShape& shape, const std::vector<double>& frequencies, int64_t window, Constant which);
+  DistanceSums(const GqaShape& shape, int64_t window, Constant which);
   // One window: q f32 [T, h, d] and k f32 [T, g, d], rotated, rows strided as given.
-  void add(const Tensor& q, const Tensor& k, float scale);
-  std::vector<std::complex<double>> constants() const;
+  void add(const Tensor& q, const Tensor& k, float scale, Threads& threads);
+  // [h, d/2]: the constants nearest to e^{−iωΔ}, ω of each pair.
+  std::vector<std::complex<double>> constants(const std::vector<double>& frequencies) const;
 
  private:
   void add_head(int64_t head, const Tensor& q, const Tensor& k, float scale);
-  double squared(const float* head_row, int64_t pair) const;
+  std::vector<float> energies(const Tensor& x, int64_t head) const;
 
   GqaShape shape_;
   int64_t window_;
   bool weighted_;
-  std::vector<float> cos_, sin_;  // [T, d/2]
-  std::vector<float> scores_, weighted_keys_, seen_;
-  std::vector<std::complex<double>> numerator_;
-  std::vector<double> denominator_;
+  std::vector<double> paid_;  // [h, T, d/2]
 };
+
+// Scores [rows, cols] of the queries at positions from `from` on, as probabilities in place; those of later keys are 0.
+void causal_softmax(float* scores, int64_t from, int64_t rows, int64_t cols);
 
 }  // namespace mla

@@ -193,7 +193,7 @@ TEST_F(WrongInput, Convert) {
   refused({"--cut", "100%"}, {"--cut is"});
   refused({"--cut", "99%"}, {"too small"});
   refused({"--kv-lora-rank", "60"}, {"no less than the 64"});
-  refused({"--kv-lora-rank", "16", "--rope-dim", "6"}, {"rotary width of 6"});
+  refused({"--kv-lora-rank", "16", "--rope-dim", "7"}, {"rotary width of 7"});
   refused({"--kv-lora-rank", "16", "--rope-dim", "32"}, {"rotary width of 32"});
   refused({"--kv-lora-rank", "-4"}, {"--kv-lora-rank is -4"});
   refused({"--cut", "50%", "--method", "lu"}, {"--method is \"lu\""});
@@ -202,10 +202,33 @@ TEST_F(WrongInput, Convert) {
   refused({"--cut", "50%", "--latent-norm", "no"}, {"--latent-norm is \"no\""});
   refused({"--cut", "50%", "--value-share", "-1"}, {"-1"});
   refused({"--cut", "50%", "--type", "q8_0"}, {"bf16 or f32"});
+  refused({"--kv-lora-rank", "16", "--rope-dim", "8", "--rope-theta", "1.5"}, {"rotary width of 8", "1.5"});
+  refused({"--cut", "50%", "--rope-theta", "-3"}, {"rotary base is -3"});
+  refused({"--cut", "50%", "--q-lora-rank", "300"}, {"query latent of 300"});
+  refused({"--cut", "50%", "--sweep"}, {"--sweep-cuts"});
+  refused({"--sweep", "--sweep-cuts", "50%,all"}, {"\"all\""});
+  refused({"--sweep", "--sweep-methods", "svd,,qr"}, {"--sweep-methods"});
+  refused({"--sweep", "--sweep-weights", "heavy"}, {"\"heavy\"", "activations"});
   refused({"--cut", "50%"}, {"10 tokens", "512"});  // the text is shorter than a window
   expect_refused({"convert", gqa, "-o", out, "--cut", "50%"}, {"--calibrate is missing"});
   expect_refused({"convert", model(), "-o", out, "--cut", "50%", "--calibrate", path("text.txt")}, {"latent attention already"});
-  expect_refused({"convert", golden("qwen2").string(), "-o", out, "--cut", "20%", "--calibrate", path("text.txt")}, {"has a bias"});
+  expect_refused({"convert", golden("qwen2").string(), "-o", out, "--kv-lora-rank", "20", "--rope-dim", "10", "--latent-norm", "scale",
+                  "--calibrate", path("text.txt")},
+                 {"biases", "constant"});
+  // Attention that is not converted: norms on queries and keys, a sliding window, an unknown family.
+  const auto config_of = [&](const char* name, const char* family, const std::string& more) {
+    fs::create_directories(path(name));
+    write_text(path(name) + "/config.json", std::string(R"({"model_type": ")") + family +
+                                                R"(", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+                                                   "num_attention_heads": 4, "num_key_value_heads": 2)" +
+                                                more + "}");
+    return path(name);
+  };
+  const auto attention_refused = [&](const std::string& folder, const char* said) {
+    expect_refused({"convert", folder, "-o", out, "--cut", "50%", "--calibrate", path("text.txt")}, {said});
+  };
+  attention_refused(config_of("qwen3", "qwen3", ""), "qwen3");
+  attention_refused(config_of("strange", "mamba", ""), "mamba");
   fs::create_directories(path("full"));
   write_text(path("full/config.json"), "{}");
   expect_refused({"convert", gqa, "-o", path("full"), "--cut", "50%", "--calibrate", path("text.txt")}, {"--force"});

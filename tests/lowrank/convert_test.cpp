@@ -45,7 +45,7 @@ ConvertOptions sized(int64_t rank, int64_t d_R) {
   o.layer.kv_lora_rank = rank, o.layer.qk_rope_head_dim = d_R;
   o.type = DType::f32;
   o.window = 32;
-  o.constant_windows = 4;
+  o.constant_windows = 4, o.score_windows = 4;
   return o;
 }
 
@@ -146,10 +146,114 @@ TEST_F(ConvertModel, EveryStepCanBeSwitchedOffAndMatters) {
   without("fold", [](ConvertOptions& o) { o.layer.fold = false; });
   without("constants", [](ConvertOptions& o) { o.layer.constant = Constant::one; });
   without("least squares", [](ConvertOptions& o) { o.layer.constant = Constant::mean; });
+  without("refit of W_Q", [](ConvertOptions& o) { o.query_steps = 0; });
+  without("rotary base", [](ConvertOptions& o) { o.rope_theta = 3000; });
   without("balance", [](ConvertOptions& o) { o.layer.value_share = 0.5; });
   without("constant channel", [](ConvertOptions& o) { o.layer.latent_norm = LatentNorm::scale; });
   without("bias", [](ConvertOptions& o) { o.layer.latent_norm = LatentNorm::functional; });
   for (Method method : {Method::qr, Method::rsvd, Method::cur}) without("svd", [&](ConvertOptions& o) { o.layer.method = method; });
+}
+
+// Biases, which a query latent and the constant channels carry: queries', keys' and values' exactly, and W_O's.
+TEST_F(ConvertModel, AnMqaModelWithBiasesIsTheSameModel) {
+  const Checkpoint original = random(llama(1, {{"attention_bias", true}}));
+  ASSERT_TRUE(original.find("layers.1.attn.q.bias") && original.find("layers.1.attn.o.bias"));
+  const std::vector<float> theirs = logits(original, *device_, text_);
+  ConvertOptions o = sized(17 + 16, 16);
+  o.q_lora_rank = 50;
+  for (bool refits : {false, true}) {
+    if (!refits) o.refit = Refit::none, o.refit_down = false, o.query_steps = 0;
+    const Checkpoint ours = converted(original, o);
+    EXPECT_EQ(read_config(ours).q_lora_rank, 50);
+    for (MlaForm form : {MlaForm::absorbed, MlaForm::expanded})
+      EXPECT_LT(distance(theirs, logits(ours, *device_, text_, form)), 1e-4) << refits;
+    o = sized(17 + 16, 16);
+    o.q_lora_rank = 50;
+  }
+}
+
+// Checkpoints of Hugging Face's Llama with attention_bias and one KV head, and of its Qwen2 with two, whose second's keys, biases included,
+// become complex multiples of the first's, pair by pair.
+TEST_F(ConvertModel, PublishedFormsWithBiasesAreTheSameModels) {
+  for (const char* name : {"mqa-bias", "qwen2"}) {
+    const Checkpoint base = Checkpoint::open(fs::path(MLA_TEST_DATA) / "golden" / name);
+    const Config config = read_config(base);
+    const int64_t d = config.head_dim, D = config.hidden_size, F = d / 2, h = config.num_attention_heads;
+    Replacement instead{config, {}, {}};
+    for (const StoredTensor& t : base.tensors()) {
+      if (!t.name.ends_with("attn.k") && !t.name.ends_with("attn.k.bias")) continue;
+      const int64_t cols = t.value.rank == 2 ? D : 1;
+      std::vector<float> k(t.value.f32(), t.value.f32() + t.value.count());
+      for (int64_t p = 0; p < F && config.num_key_value_heads == 2; ++p)
+        for (int64_t j = 0; j < cols; ++j) {
+          const auto z =
+              std::polar(1.0F + 0.1F * float(p), float(p)) * std::complex<float>(k[size_t(p * cols + j)], k[size_t((p + F) * cols + j)]);
+          k[size_t((d + p) * cols + j)] = z.real(), k[size_t((d + p + F) * cols + j)] = z.imag();
+        }
+      instead.tensors[t.name] = k;
+    }
+    for (const StoredTensor& t : base.tensors())
+      if (t.name.ends_with(".bias") && !instead.tensors.contains(t.name))
+        instead.tensors[t.name] = {t.value.f32(), t.value.f32() + t.value.count()};
+    const fs::path path = folder_.path / name;
+    export_hf(base, instead, path, DType::f32, device_->threads());
+    const Checkpoint original = Checkpoint::open(path);
+    std::vector<int32_t> ids = text_;
+    ConvertOptions o = sized(2 * config.num_key_value_heads * d + 1, d);
+    o.q_lora_rank = std::min(2 * h * d, D + 1) + 1;
+    EXPECT_LT(distance(logits(original, *device_, ids), logits(converted(original, o), *device_, ids)), 1e-4) << name;
+  }
+}
+
+TEST_F(ConvertModel, AQueryLatentAtFullRankChangesNothingAndALessOneDoes) {
+  const Checkpoint original = random(llama(1));
+  const std::vector<float> theirs = logits(original, *device_, text_);
+  ConvertOptions o = sized(17, 16);
+  o.q_lora_rank = 49;
+  EXPECT_LT(distance(theirs, logits(converted(original, o), *device_, text_)), 1e-4);
+  o.q_lora_rank = 12;
+  EXPECT_GT(distance(theirs, logits(converted(original, o), *device_, text_)), 1e-2);
+}
+
+// Rotary pairs over a base of their own: with ½ of the width and the root of the base, they are the faster half of the original's.
+TEST_F(ConvertModel, ARotaryBaseOfItsOwnKeepsFasterPairs) {
+  Config config = llama(1);
+  const Checkpoint base = random(config, "base");
+  Replacement instead{config, {}, {}};
+  for (int l = 0; l < 2; ++l) {
+    const std::string name = fmt::format("layers.{}.attn.k", l);
+    const Tensor& t = base.get(name).value;
+    std::vector<float> k(t.f32(), t.f32() + t.count());
+    for (int64_t p = 4; p < 8; ++p)
+      for (int64_t j = 0; j < 48; ++j) k[size_t(p * 48 + j)] = k[size_t((p + 8) * 48 + j)] = 0;  // keys without their slower half
+    instead.tensors[name] = k;
+  }
+  export_hf(base, instead, folder_.path / "fast", DType::f32, device_->threads());
+  const Checkpoint original = Checkpoint::open(folder_.path / "fast");
+  ConvertOptions o = sized(17, 8);
+  o.rope_theta = std::sqrt(config.rope_theta);
+  const Checkpoint ours = converted(original, o);
+  EXPECT_EQ(read_config(ours).rope_theta, o.rope_theta);
+  const std::vector<float> theirs = logits(original, *device_, text_);
+  EXPECT_LT(distance(theirs, logits(ours, *device_, text_)), 1e-4);
+  o.rope_theta = 0;
+  EXPECT_GT(distance(theirs, logits(converted(original, o), *device_, text_)), 1e-3);
+}
+
+TEST_F(ConvertModel, OneCalibrationServesManyConversions) {
+  const Checkpoint original = random(llama(2));
+  ConvertOptions o = sized(24, 8);
+  o.sequential = false, o.refit = Refit::none, o.refit_down = false, o.query_steps = 0;
+  const std::vector<LayerCalibration> calibration = calibrate(original, calibration_, o, *device_);
+  for (int64_t rank : {12, 24})
+    for (int64_t d_R : {8, 16}) {
+      o.layer.kv_lora_rank = rank, o.layer.qk_rope_head_dim = d_R;
+      ConvertOptions alone = o;
+      alone.query_steps = 1;  // takes the way with streams; the latents do not know of it
+      const Converted shared = convert(original, calibration, o, *device_), one = convert(original, calibration_, alone, *device_);
+      for (const char* name : {"layers.0.attn.kv_a", "layers.1.attn.kv_b"})
+        EXPECT_LT(distance(one.tensors.at(name), shared.tensors.at(name)), 1e-5) << name;
+    }
 }
 
 // The stream behind a layer's part is what the refits aim at, on the windows of the calibration.
@@ -225,12 +329,21 @@ TEST_F(ConvertModel, WhatCannotBeConvertedIsRefusedBeforeWork) {
     }
   };
   const ConvertOptions o = sized(24, 8);
-  refused(random(llama(2, {{"attention_bias", true}}), "bias"), o, "has a bias");
+  refused(random(llama(2, {{"attention_bias", true}}), "bias"), o, "a query latent");
   refused(random(llama(2, {{"model_type", "mistral"}, {"sliding_window", 64}}), "window"), o, "sliding window of 64");
   refused(random(llama(2, {{"rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}, {"original_max_position_embeddings", 128}}}}), "yarn"),
           o, "YaRN");
   const Checkpoint plain = random(llama(2));
-  refused(plain, sized(24, 6), "rotary width");
+  refused(plain, sized(24, 7), "rotary width");
+  refused(plain, sized(24, 18), "rotary width");
+  const auto with = [&](const std::function<void(ConvertOptions&)>& change) {
+    ConvertOptions changed = o;
+    change(changed);
+    return changed;
+  };
+  refused(plain, with([](ConvertOptions& c) { c.rope_theta = 2; }), "none of the model's is nearest");
+  refused(plain, with([](ConvertOptions& c) { c.q_lora_rank = 50; }), "query latent of 50");
+  refused(plain, with([](ConvertOptions& c) { c.q_lora_rank = 1; }), "query latent of 1");
   refused(plain, sized(80, 8), "more than full rank");
   refused(converted(plain, o), o, "latent attention already");
   Replacement broken{llama(2), {{"layers.1.attn.v", std::vector<float>(32 * 48, std::nanf(""))}}, {}};
@@ -263,7 +376,8 @@ TEST_F(ConvertModel, AnInterruptEndsIt) {
 TEST(Sums, AreTheProductsOfTheirRows) {
   const Matrix x = random_matrix(37, 5, 1), y = random_matrix(37, 3, 2);
   std::vector<float> xf(x.data.begin(), x.data.end()), yf(y.data.begin(), y.data.end());
-  Sums sums(5, 3);
+  Threads threads(2);
+  Sums sums(5, 3, threads);
   for (int64_t from : {0, 20}) {
     const int64_t n = from == 0 ? 20 : 17;
     sums.add(xf.data() + from * 5, n);
@@ -283,9 +397,10 @@ TEST(Constants, AreTheWeightedMeansOfTheRotations) {
       std::vector<float> q(T * 4 * 6), k(T * 2 * 6);
       for (size_t i = 0; i < q.size(); ++i) q[i] = float(random_normal(5, i));
       for (size_t i = 0; i < k.size(); ++i) k[i] = float(random_normal(6, i));
-      ConstantSums sums(s, frequencies, T, which);
-      sums.add(view(q.data(), DType::f32, {T, 4, 6}), view(k.data(), DType::f32, {T, 2, 6}), 0.4F);
-      const auto got = sums.constants();
+      Threads threads(2);
+      DistanceSums sums(s, T, which);
+      sums.add(view(q.data(), DType::f32, {T, 4, 6}), view(k.data(), DType::f32, {T, 2, 6}), 0.4F, threads);
+      const auto got = sums.constants(frequencies);
       for (int64_t h = 0; h < 4; ++h)
         for (int64_t f = 0; f < 3; ++f) {
           std::complex<double> numerator = 0;
