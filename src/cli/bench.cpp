@@ -77,8 +77,8 @@ class Bench {
       progress(double(r + 1) / (o_.repeat + 1));
       const Ceilings ceilings = session_.device().probe(0.1);
       const double begin = now();
-      for (int64_t at = 0; at < prompt; at += prefill_chunk_tokens) {
-        const int64_t n = std::min(prefill_chunk_tokens, prompt - at);
+      for (int64_t at = 0; at < prompt; at += model_.device().step_tokens) {
+        const int64_t n = std::min(model_.device().step_tokens, prompt - at);
         const Chunk step{sequence, std::span(ids).subspan(size_t(at), size_t(n)),
                          at + n == prompt ? Chunk::Logits::last : Chunk::Logits::none};
         model_.forward(std::span(&step, 1), cache, [&](double fraction) {
@@ -86,6 +86,7 @@ class Bench {
           progress((r + 1 + (double(at) + fraction * double(n)) / double(prompt)) / (o_.repeat + 1));
         });
       }
+      session_.device().memory().wait();
       const double seconds = now() - begin;
       cache.truncate(sequence, depth);
       if (r >= 0) add(row, double(prompt) / seconds, row.ops / seconds / 1e9 / rate(ceilings, weight_type()), ceilings);
@@ -111,6 +112,7 @@ class Bench {
       const Ceilings ceilings = session_.device().probe(0.1);
       const double begin = now();
       for (int s = 0; s < o_.steps; ++s) step(cache, sequences, s);
+      session_.device().memory().wait();
       const double seconds = (now() - begin) / o_.steps;
       for (int sequence : sequences) cache.truncate(sequence, depth);
       if (r >= 0) add(row, double(batch) / seconds, row.bytes / seconds / 1e9 / ceilings.read_gb_s, ceilings);
@@ -122,6 +124,7 @@ class Bench {
     const KvFormat format{model_.config().kv_layout(), kv_type_};
     const double bytes =
         double(sequences) * double(length + LatentCache::page_tokens) * double(format.row_bytes()) * model_.config().num_hidden_layers;
+    if (session_.device().memory().place() != Place::host) return;  // a GPU says itself what does not fit
     const double available = memory().available_bytes;
     if (bytes > available)
       fail_input("{} caches of {} tokens take {} and {} are free; lower --depth or --batch, or take --kv-type i8", sequences, length,

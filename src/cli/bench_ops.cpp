@@ -5,6 +5,7 @@
 #include "core/check.h"
 #include "core/random.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 
@@ -16,7 +17,7 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 class OpBench {
  public:
   OpBench(Model& model, DType kv_type, const std::function<void(double)>& progress)
-      : model_(model), config_(model.config()), device_(model.device()), kv_type_(kv_type), progress_(progress) {}
+      : model_(model), config_(model.config()), device_(model.device()), kv_type_(kv_type), progress_(progress), arena_(device_.memory()) {}
 
   std::vector<OpTime> run(int64_t prompt, const std::vector<int64_t>& depths) {
     const Layer& layer = model_.weights().layers.back();
@@ -35,7 +36,9 @@ class OpBench {
  private:
   Tensor random(std::initializer_list<int64_t> shape) {
     Tensor t = arena_.tensor(DType::f32, shape);
-    for (int64_t i = 0; i < t.count(); ++i) t.f32()[i] = float(random_normal(3, uint64_t(i % 65521)));
+    std::vector<float> values(size_t(t.count()));
+    for (size_t i = 0; i < values.size(); ++i) values[i] = float(random_normal(3, i % 65521));
+    device_.memory().upload(values.data(), t.data, values.size() * sizeof(float));
     return t;
   }
 
@@ -44,12 +47,14 @@ class OpBench {
   void time(std::string name, int64_t tokens, double bytes, double ops, Op&& op) {
     throw_if_interrupted();
     op();
+    device_.memory().wait();
     std::vector<double> us;
     for (int sample = 0; sample < 5; ++sample) {
       int64_t calls = 0;
       const double begin = now();
       do op(), ++calls;
       while (now() - begin < 0.01);
+      device_.memory().wait();
       us.push_back((now() - begin) * 1e6 / double(calls));
     }
     times_.push_back({std::move(name), tokens, median(us), bytes, ops, device_.probe(0.05)});
@@ -109,13 +114,10 @@ class OpBench {
     const Routing routing{arena_.tensor(DType::i32, {n, k}), arena_.tensor(DType::f32, {n, k})};
     time(fmt::format("route {} of {}", k, config_.n_routed_experts), n, 4.0 * double(scores.count()), 0,
          [&] { device_.route(scores, config_.router(), routing); });
-    std::vector<bool> used(size_t(config_.n_routed_experts));
-    int64_t distinct = 0;
-    for (int64_t i = 0; i < n * k; ++i) {
-      const auto expert = size_t(routing.expert.as<int32_t>()[i]);
-      distinct += !used[expert];
-      used[expert] = true;
-    }
+    std::vector<int32_t> chosen(size_t(n * k));
+    device_.memory().download(routing.expert.data, chosen.data(), chosen.size() * sizeof(int32_t));
+    std::sort(chosen.begin(), chosen.end());
+    const auto distinct = std::unique(chosen.begin(), chosen.end()) - chosen.begin();
     ffn("experts", moe.experts, n, &routing, double(distinct) / config_.n_routed_experts, double(k));
   }
 
@@ -133,7 +135,7 @@ class OpBench {
   void attention(int64_t depth) {
     if (depth == 0) return;
     const KvFormat format{config_.kv_layout(), kv_type_};
-    LatentCache cache(1, format, depth);
+    LatentCache cache(1, format, depth, device_.memory());
     const int sequence = cache.open();
     CHECK(fill_random(cache, sequence, depth, device_), "no room for {} tokens", depth);
     ArenaScope scope(arena_);

@@ -76,21 +76,24 @@ class Bench {
     const double room = std::min(1.5e9, memory().available_bytes / 2);
     const int layers = std::clamp(int(room / layer_bytes), 0, config_.num_hidden_layers);
     if (layers == 0) return std::nullopt;
-    LatentCache cache(layers, format, depth);
+    LatentCache cache(layers, format, depth, device_.memory());
     const int sequence = cache.open();
     if (!fill_random(cache, sequence, depth, device_)) return std::nullopt;
 
     const int64_t n_h = config_.num_attention_heads;
-    Arena arena;
+    Arena arena(device_.memory());
     const Tensor q = arena.tensor(DType::f32, {1, n_h, format.layout.d_k}), o = arena.tensor(DType::f32, {1, n_h, format.layout.d_v});
     const Tensor lse = arena.tensor(DType::f32, {1, n_h});
-    for (int64_t i = 0; i < q.count(); ++i) q.f32()[i] = float(random_normal(2, uint64_t(i)));
+    std::vector<float> queries(size_t(q.count()));
+    for (size_t i = 0; i < queries.size(); ++i) queries[i] = float(random_normal(2, i));
+    device_.memory().upload(queries.data(), q.data, queries.size() * sizeof(float));
     const Span span{0, 1, int32_t(depth - 1), 0, int32_t(depth), cache.pages(sequence).data()};
     const auto scale = float(1 / std::sqrt(double(format.layout.d_k)));
     auto step = [&] {
       for (int l = 0; l < layers; ++l) device_.attend(q, cache.layer(l), Spans(&span, 1), {}, scale, o, lse);
     };
     step();
+    device_.memory().wait();
     std::vector<double> seconds, ceilings;
     for (int r = 0; r < repeat_; ++r) {
       throw_if_interrupted();
@@ -99,6 +102,7 @@ class Bench {
       const double begin = now();
       do step(), ++steps;
       while (now() - begin < 0.05);
+      device_.memory().wait();
       seconds.push_back((now() - begin) / double(steps) / layers * config_.num_hidden_layers);
     }
     return Speed{depth, median(seconds), layer_bytes * config_.num_hidden_layers, median(ceilings)};

@@ -30,6 +30,7 @@ class Conversion {
   void run() {
     const ConvertTexts texts = read_texts(a_, checkpoint_);
     const auto device = a_.machine.open();
+    if (device->memory().place() != Place::host) fail_input("mla convert factorises on the CPU; leave --device out");
     device->activations = Activations::i16;
     const auto begin = std::chrono::steady_clock::now();
     const auto passed = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(); };

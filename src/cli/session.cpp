@@ -115,7 +115,7 @@ LatentCache Session::make_cache(int64_t tokens) const {
     fail_input("this needs room for {} tokens in the cache and --context gives {}; raise --context or shorten the work", tokens, room);
   const KvFormat format{config().kv_layout(), options_.kv_type()};
   const double bytes = double(room) * double(format.row_bytes()) * config().num_hidden_layers;
-  if (bytes > memory().total_bytes)
+  if (device_->memory().place() == Place::host && bytes > memory().total_bytes)
     fail_input("a cache of {} tokens takes {} and this machine has {}; lower --context or take --kv-type i8", room, bytes_text(bytes),
                bytes_text(memory().total_bytes));
   return model_->make_cache(room, options_.kv_type());

@@ -40,6 +40,7 @@ class HostMemory final : public Memory {
   void copy(const void* from, void* to, size_t bytes) override {
     if (bytes > 0) std::memcpy(to, from, bytes);
   }
+  void wait() override {}
 
  private:
   // One huge page more than asked for, so that the block can start on a boundary of one; the ends are given back, the last part of a huge

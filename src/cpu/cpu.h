@@ -27,7 +27,8 @@ class CpuDevice final : public Device {
   void ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tensor out) override;
   void route(Tensor logits, const RouterConfig& config, Routing out) override;
   void rms_norm(Tensor x, Tensor weight, float eps, Tensor y) override;
-  void rope(Tensor x, Tensor cos_sin, bool interleaved) override;
+  using Device::rope;
+  void rope(Tensor x, Tensor cos_sin, bool interleaved, Tensor y) override;
   void copy(Tensor from, Tensor to) override;
   void store_expanded(Tensor kv, Tensor rotary, const Kv& to) override;
   void store(Tensor rows, std::span<const int64_t> slots, const Kv& kv) override;

@@ -60,13 +60,18 @@ void CpuDevice::rms_norm(Tensor x, Tensor weight, float eps, Tensor y) {
            [&](int64_t i) { kernels_.rms_norm(x.f32() + i * x.stride[0], weight.f32(), eps, d, y.f32() + i * y.stride[0]); });
 }
 
-void CpuDevice::rope(Tensor x, Tensor cos_sin, bool interleaved) {
+void CpuDevice::rope(Tensor x, Tensor cos_sin, bool interleaved, Tensor y) {
   const int64_t n = x.shape[0], heads = x.shape[1], d = x.shape[2];
   CHECK(x.rank == 3 && d % 2 == 0 && cos_sin.shape[0] == n && cos_sin.count() == n * d, "rotation of {} by {}", mla::describe(x),
         mla::describe(cos_sin));
+  CHECK(y.rank == 3 && y.dtype == DType::f32 && y.shape[0] == n && y.shape[1] == heads && y.shape[2] == d, "rotation of {} into {}",
+        mla::describe(x), mla::describe(y));
   for_rows(threads_, n, heads * d, [&](int64_t i) {
-    for (int64_t h = 0; h < heads; ++h)
-      kernels_.rope(x.f32() + i * x.stride[0] + h * x.stride[1], cos_sin.f32() + i * cos_sin.stride[0], d, interleaved);
+    for (int64_t h = 0; h < heads; ++h) {
+      float* to = y.f32() + i * y.stride[0] + h * y.stride[1];
+      if (y.data != x.data) std::copy_n(x.f32() + i * x.stride[0] + h * x.stride[1], d, to);
+      kernels_.rope(to, cos_sin.f32() + i * cos_sin.stride[0], d, interleaved);
+    }
   });
 }
 

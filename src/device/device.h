@@ -1,6 +1,7 @@
 // The whole contract between models and machines: every operation of inference, with a shape on each argument.
 // Activations are f32. Tensors lie in the device's memory; spans, ids and slots on the host, and weights come from there. Operations check
-// shapes on entry and raise Error; none allocates what grows with the model. What they wrote is on the host after Memory::download.
+// shapes on entry and raise Error; none allocates what grows with the model. They may still run when a call returns:
+// Memory::wait and Memory::download wait for them.
 #pragma once
 
 #include "core/memory.h"
@@ -81,6 +82,10 @@ class Device {
  public:
   virtual ~Device() = default;
   Activations activations = Activations::i8;
+  // What suits the device: bytes of scratch for a tile of expanded context, and tokens of a step of a long prompt. MLA's expanded form
+  // forms the keys and values of the whole context again for every step, so few large steps are faster; of 2048 tokens, even DeepSeek-V2's
+  // takes no more than about 500 MB of scratch.
+  int64_t step_tokens = 2048, tile_bytes = int64_t(24) << 20;
   virtual Memory& memory() = 0;
   // Runs `issue`, which calls the operations of a step. A key other than 0 promises that every step with this key issues the same
   // operations on the same memory, the contents of `in` aside, so that a device may repeat what it recorded and not call `issue`.
@@ -100,18 +105,25 @@ class Device {
   virtual void linear(Tensor x, std::span<const Projection> projections) = 0;
   void linear(Tensor x, std::initializer_list<Projection> projections) { linear(x, std::span(projections.begin(), projections.size())); }
   void linear(Tensor x, const Weight& w, Tensor bias, Tensor y, bool add = false) { linear(x, {{w, bias, y, add}}); }
-  // y f32 [n, H, rows] = x f32 [n, H, cols] with its own matrix for each head; w.count = H. Both may be strided in dims 0 and 1.
+  // y [n, H, rows] = x f32 [n, H, cols] with its own matrix for each head; w.count = H. Both may be strided in dims 0 and 1; y is f32 or of
+  // query_type.
   virtual void linear_heads(Tensor x, const Weight& w, Tensor y) = 0;
   // out f32 [n, D] += Σ_j weight[j] · ffn_{expert[j]}(x), experts of all tokens grouped. routing null: expert 0 with weight 1.
   virtual void ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tensor out) = 0;
   // Scores f32 logits [n, experts] to expert i32 [n, k] and weight f32 [n, k]; equal scores go to the lower index.
   virtual void route(Tensor logits, const RouterConfig& config, Routing out) = 0;
 
+  // For each row of logits f32 [n, vocab] an id: with temperature 0 that of the largest, the lower of equals; else the one that at[row] in
+  // [0, 1) falls on when ids share [0, 1) in order, by exp(logit / temperature). -1 where the logits are no numbers. Returns false, and
+  // does nothing, where logits lie on the host: callers choose there.
+  virtual bool choose(Tensor, double /* temperature */, std::span<const double> /* at */, std::span<int32_t> /* ids */) { return false; }
+
   // y f32 [n, d] = x / sqrt(mean(x²) + eps) ⊙ weight f32 [d]. Rows may be strided; y may be x.
   virtual void rms_norm(Tensor x, Tensor weight, float eps, Tensor y) = 0;
-  // Rotates x f32 [n, heads, d] in place by the pairs' angles; cos_sin f32 [n, d / 2, 2]. Pairs are (2i, 2i+1) if interleaved,
-  // else (i, i + d/2). Strided in dims 0 and 1.
-  virtual void rope(Tensor x, Tensor cos_sin, bool interleaved) = 0;
+  // y [n, heads, d] = x f32 rotated by the pairs' angles; cos_sin f32 [n, d / 2, 2]. Pairs are (2i, 2i+1) if interleaved, else
+  // (i, i + d/2). Strided in dims 0 and 1; y may be x, and is f32 or of query_type.
+  virtual void rope(Tensor x, Tensor cos_sin, bool interleaved, Tensor y) = 0;
+  void rope(Tensor x, Tensor cos_sin, bool interleaved) { rope(x, cos_sin, interleaved, x); }
 
   // to = from, f32 of one shape; rows may be strided (the last dimension is contiguous).
   virtual void copy(Tensor from, Tensor to) = 0;
@@ -119,12 +131,24 @@ class Device {
   // Writes rows f32 [n, layout.row()] (strided in dim 0) into the cache: row i to slot[i] = page * page_tokens + offset.
   // A row is [K of all heads | V of all heads], or in MLA [latent | rotary key].
   virtual void store(Tensor rows, std::span<const int64_t> slots, const Kv& kv) = 0;
+  // What MLA's tokens leave: of rows f32 [n, d_c + d_R], contiguous, the latents are normed by `norm` [d_c] and the keys rotated, in place,
+  // as rms_norm and rope do it, and the rows stored.
+  virtual void store_latents(Tensor rows, Tensor norm, float eps, Tensor cos_sin, bool interleaved, std::span<const int64_t> slots,
+                             const Kv& kv) {
+    const int64_t n = rows.shape[0], row = rows.shape[1], d_c = norm.count();
+    const Tensor latents = slice(rows, 1, 0, d_c), heads = view(rows.data, rows.dtype, {n, 1, row}, rows.place);
+    rms_norm(latents, norm, eps, latents);
+    rope(slice(heads, 2, d_c, row - d_c), cos_sin, interleaved);
+    store(rows, slots, kv);
+  }
   // Keys and values that were expanded from latents: kv f32 [n, heads, d_h + d_v], as W_UK and W_UV give them, and the rotary key
   // that all heads share, f32 [n, d_R], become rows of a contiguous Kv of d_k = d_h + d_R, f32 or bf16.
   virtual void store_expanded(Tensor kv, Tensor rotary, const Kv& to) = 0;
   // rows f32 [n, layout.row()] = rows first..first+n of the span's pages
   virtual void load(const Kv& kv, const Span& span, int64_t first, Tensor rows) = 0;
-  // Attention over pages (eq. 16-18): q f32 [n, n_h, d_k] → o f32 [n, n_h, d_v] and lse f32 [n, n_h] (natural log of Σ exp(scale·q·k)),
+  // The type in which attend takes the queries of a latent cache without converting them; f32 it always takes.
+  virtual DType query_type(const Kv&) const { return DType::f32; }
+  // Attention over pages (eq. 16-18): q [n, n_h, d_k] → o f32 [n, n_h, d_v] and lse f32 [n, n_h] (natural log of Σ exp(scale·q·k)),
   // for the query rows the spans name. Query head h reads cache head h / (n_h / layout.heads). n_h is a multiple of layout.heads.
   // merge: joins with what o and lse hold from other rows of the same sequence (a monoid; lse -inf is its unit). A query that sees no
   // row gets zeros and lse -inf. The result of a span depends on nothing but its own queries and rows.

@@ -2,6 +2,7 @@
 #include "model/generate.h"
 
 #include "core/check.h"
+#include "core/random.h"
 #include "core/threads.h"
 
 #include <algorithm>
@@ -30,7 +31,7 @@ class Writer {
  private:
   void check() const {
     check_sampling(options_.sampling, model_.config().vocab_size);
-    CHECK(options_.max_tokens >= 0 && options_.prefill_chunk > 0, "{} tokens, chunk {}", options_.max_tokens, options_.prefill_chunk);
+    CHECK(options_.max_tokens >= 0 && options_.prefill_chunk >= 0, "{} tokens, chunk {}", options_.max_tokens, options_.prefill_chunk);
     for (const std::string& stop : options_.stop_strings)
       if (stop.empty()) fail_input("a stop string is empty; leave it out");
     for (const Generation& text : texts_)
@@ -62,6 +63,7 @@ class Writer {
 
   void prefill() {
     const auto begin = Clock::now();
+    const int64_t step_tokens = model_.device().step_tokens;
     int64_t total = 0, done = 0;
     for (const Generation& text : texts_) total += left(text);
     while (done < total) {
@@ -70,9 +72,9 @@ class Writer {
       int64_t tokens = 0;
       for (size_t i = 0; i < texts_.size(); ++i) {
         const int64_t rest = texts_[i].finish == Finish::running && texts_[i].sampled.empty() ? left(texts_[i]) : 0;
-        const int64_t n = std::min(rest, options_.prefill_chunk);
+        const int64_t n = std::min(rest, options_.prefill_chunk > 0 ? options_.prefill_chunk : step_tokens);
         // Several prompts share a step as far as they fit: its memory is bounded.
-        if (n == 0 || (tokens > 0 && tokens + n > prefill_chunk_tokens)) continue;
+        if (n == 0 || (tokens > 0 && tokens + n > step_tokens)) continue;
         const bool last = n == rest && options_.max_tokens > 0;
         chunks.push_back({texts_[i].sequence, std::span(texts_[i].tokens).last(size_t(rest)).first(size_t(n)),
                           last ? Chunk::Logits::last : Chunk::Logits::none});
@@ -114,6 +116,7 @@ class Writer {
 
   // Samples the next token of each of these texts from the rows of logits [texts, vocab].
   void pick(std::span<const size_t> which, const Tensor& device_logits) {
+    if (is_plain(options_.sampling) && pick_on_device(which, device_logits)) return;
     const Tensor logits = model_.to_host(device_logits);
     const auto vocab = size_t(model_.config().vocab_size);
     std::vector<Sampled> picked(which.size());
@@ -123,6 +126,18 @@ class Writer {
       picked[size_t(row)] = sample(values, text.tokens, options_.sampling, int64_t(text.tokens.size()));
     });
     for (size_t row = 0; row < which.size(); ++row) take(which[row], std::move(picked[row]));
+  }
+
+  bool pick_on_device(std::span<const size_t> which, const Tensor& logits) {
+    std::vector<double> at;
+    for (const size_t i : which) at.push_back(random_uniform(options_.sampling.seed, texts_[i].tokens.size()));
+    std::vector<int32_t> ids(which.size());
+    if (!model_.device().choose(logits, options_.sampling.temperature, at, ids)) return false;
+    for (size_t row = 0; row < which.size(); ++row) {
+      if (ids[row] < 0) fail("the model's logits are not finite; is the checkpoint damaged?");
+      take(which[row], {ids[row], 0, {}});
+    }
+    return true;
   }
 
   void take(size_t i, Sampled token) {

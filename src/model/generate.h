@@ -26,17 +26,13 @@ struct Generation {
   Finish finish = Finish::running;
 };
 
-// Tokens of a step of a long prompt. MLA's expanded form forms the keys and values of the whole context again for every step, so few
-// large steps are faster; of this size, even DeepSeek-V2's takes no more than about 500 MB of scratch.
-constexpr int64_t prefill_chunk_tokens = 2048;
-
 struct GenerateOptions {
   int64_t max_tokens = 128;  // new ones, for each text
   SamplingOptions sampling;
   std::vector<int32_t> end_tokens;        // a text ends with any of these
   std::vector<std::string> stop_strings;  // and before any of these
   // Prompt tokens of a sequence in one step. Where chunks end depends on the sequence alone, so that its text does too.
-  int64_t prefill_chunk = prefill_chunk_tokens;
+  int64_t prefill_chunk = 0;  // 0: as many as suit the device (Device::step_tokens)
 };
 
 // What a caller may want to know on the way; each may be empty.

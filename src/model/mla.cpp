@@ -7,16 +7,16 @@
 namespace mla {
 namespace {
 
-// Context tokens whose keys and values are expanded at a time: about 24 MB of scratch whatever the context. Measured on V2-Lite's shape
-// at 16k against 64 MB, which leave the last cache, and 12 MB, where merging the tiles costs more: +2 to +4% and +1 to +7%.
-int64_t expansion_tile(const Config& c) {
+// Context tokens whose keys and values are expanded at a time, whatever the context. The CPU's 24 MB were measured on V2-Lite's shape at
+// 16k against 64 MB, which leave the last cache, and 12 MB, where merging the tiles costs more: +2 to +4% and +1 to +7%.
+int64_t expansion_tile(const Config& c, int64_t tile_bytes) {
   const int64_t bytes = int64_t(c.num_attention_heads) * (6 * (c.qk_nope_head_dim + c.v_head_dim) + 2 * c.qk_rope_head_dim);
-  return std::clamp<int64_t>((int64_t(24) << 20) / bytes / 64 * 64, 64, 4096);
+  return std::clamp<int64_t>(tile_bytes / bytes / 64 * 64, 64, 65536);
 }
 
 struct Projected {
-  Tensor q;        // [n, n_h, d_h + d_R], rotated (eq. 12-15)
-  Tensor latents;  // [n, d_c + d_R]: [c_kv ; k_R], what a token leaves in the cache (eq. 9 and 15), the latent normed, the key rotated
+  Tensor q;        // [n, n_h, d_h + d_R] (eq. 12-14), before it is rotated
+  Tensor latents;  // [n, d_c + d_R]: [c_kv ; k_R] (eq. 9 and 15), before the latent is normed and the key rotated
 };
 
 Projected project(Step& s, const MlaWeights& w, Tensor h) {
@@ -34,26 +34,25 @@ Projected project(Step& s, const MlaWeights& w, Tensor h) {
     s.device.linear(latent, w.q_b, {}, q);
   }
   q = view(q.data, DType::f32, {n, n_h, d_h + d_R}, q.place);
-  s.device.rope(slice(q, 2, d_h, d_R), s.cos_sin, c.rope_interleaved);
-  s.note("attn.query", q);
-
-  const Tensor latent = slice(rows, 1, 0, d_c);
-  s.device.rms_norm(latent, w.kv_a_norm, float(c.latent_norm_eps), latent);
-  const Tensor row_heads = view(rows.data, DType::f32, {n, 1, d_c + d_R}, rows.place);
-  s.device.rope(slice(row_heads, 2, d_c, d_R), s.cos_sin, c.rope_interleaved);
-  s.note("attn.latent", rows);
+  if (s.dump) {
+    ArenaScope scope(s.arena);
+    const Tensor rotated = s.arena.tensor(DType::f32, {n, n_h, d_h + d_R});
+    s.device.copy(q, rotated);
+    s.device.rope(slice(rotated, 2, d_h, d_R), s.cos_sin, c.rope_interleaved);
+    s.note("attn.query", rotated);
+  }
   return {q, rows};
 }
 
 // Absorbed: q_c·k_c = q_c·(W_UK c) = (W_UKᵀ q_c)·c, and Σ p v = W_UV Σ p c. One cache head of width d_c + d_R serves all heads, so
 // this is MQA over latents; no key or value is formed. q [n, n_h, d_h + d_R] → o [n, n_h, d_v]
-void attend_absorbed(Step& s, const MlaWeights& w, const Kv& kv, Spans spans, Tensor q, Tensor o) {
+void attend_absorbed(Step& s, const MlaWeights& w, const Kv& kv, Spans spans, Tensor q, Tensor cos_sin, Tensor o) {
   const Config& c = s.config;
   ArenaScope scope(s.arena);
   const int64_t n = q.shape[0], n_h = c.num_attention_heads, d_h = c.qk_nope_head_dim, d_R = c.qk_rope_head_dim, d_c = c.kv_lora_rank;
-  Tensor q_latent = s.arena.tensor(DType::f32, {n, n_h, d_c + d_R});
+  Tensor q_latent = s.arena.tensor(s.device.query_type(kv), {n, n_h, d_c + d_R});
   s.device.linear_heads(slice(q, 2, 0, d_h), w.k_b_absorbed, slice(q_latent, 2, 0, d_c));
-  s.device.copy(slice(q, 2, d_h, d_R), slice(q_latent, 2, d_c, d_R));
+  s.device.rope(slice(q, 2, d_h, d_R), cos_sin, c.rope_interleaved, slice(q_latent, 2, d_c, d_R));
   Tensor o_latent = s.arena.tensor(DType::f32, {n, n_h, d_c});
   Tensor lse = s.arena.tensor(DType::f32, {n, n_h});
   s.device.attend(q_latent, kv, spans, {}, float(c.softmax_scale()), o_latent, lse);
@@ -61,11 +60,12 @@ void attend_absorbed(Step& s, const MlaWeights& w, const Kv& kv, Spans spans, Te
 }
 
 // Expanded: k = [W_UK c ; k_R] and v = W_UV c (eq. 10, 11, 17) are formed tile by tile of the context and the tiles' attention merged.
-void attend_expanded(Step& s, const MlaWeights& w, const Kv& kv, const Span& span, Tensor q, Tensor o) {
+void attend_expanded(Step& s, const MlaWeights& w, const Kv& kv, const Span& span, Tensor q, Tensor cos_sin, Tensor o) {
   const Config& c = s.config;
   ArenaScope scope(s.arena);
   const int64_t n_h = c.num_attention_heads, d_h = c.qk_nope_head_dim, d_R = c.qk_rope_head_dim, d_c = c.kv_lora_rank, d_v = c.v_head_dim;
-  const int64_t tile = std::min<int64_t>(expansion_tile(c), span.kv_count);
+  s.device.rope(slice(q, 2, d_h, d_R), cos_sin, c.rope_interleaved);
+  const int64_t tile = std::min<int64_t>(expansion_tile(c, s.device.tile_bytes), span.kv_count);
   // Expanded rows are as precise as the cache they come from.
   const DType type = kv.format.type == DType::f32 ? DType::f32 : DType::bf16;
   const KvFormat format{{int(n_h), int(d_h + d_R), int(d_v), false}, type};
@@ -89,12 +89,12 @@ void attend_expanded(Step& s, const MlaWeights& w, const Kv& kv, const Span& spa
   }
 }
 
+}  // namespace
+
 bool absorbs(const Step& s, const Span& span) {
   if (s.form != MlaForm::automatic) return s.form == MlaForm::absorbed;
   return absorbed_is_cheaper(s.config, span.count, span.kv_count);
 }
-
-}  // namespace
 
 bool absorbed_is_cheaper(const Config& c, int64_t n, int64_t T) {
   const double d_h = c.qk_nope_head_dim, d_R = c.qk_rope_head_dim, d_c = c.kv_lora_rank, d_v = c.v_head_dim;
@@ -112,7 +112,8 @@ void attend_mla(Step& s, int layer, const MlaWeights& w, Tensor x) {
   s.device.rms_norm(x, w.attn_norm, float(c.rms_norm_eps), h);
   const auto [q, rows] = project(s, w, h);
   const Kv kv = s.cache.layer(layer);
-  s.device.store(rows, s.slots, kv);
+  s.device.store_latents(rows, w.kv_a_norm, float(c.latent_norm_eps), s.cos_sin, c.rope_interleaved, s.slots, kv);
+  s.note("attn.latent", rows);
 
   Tensor o = s.arena.tensor(DType::f32, {n, n_h, d_v});
   // Each sequence takes its cheaper form; neighbours that absorb go together.
@@ -123,11 +124,11 @@ void attend_mla(Step& s, int layer, const MlaWeights& w, Tensor x) {
     const int64_t row = s.spans[i].start, count = s.spans[last - 1].start + s.spans[last - 1].count - row;
     std::vector<Span> run(s.spans.begin() + int64_t(i), s.spans.begin() + int64_t(last));
     for (Span& span : run) span.start -= int32_t(row);
-    const Tensor q_run = slice(q, 0, row, count), o_run = slice(o, 0, row, count);
+    const Tensor q_run = slice(q, 0, row, count), angles = slice(s.cos_sin, 0, row, count), o_run = slice(o, 0, row, count);
     if (end > i)
-      attend_absorbed(s, w, kv, run, q_run, o_run);
+      attend_absorbed(s, w, kv, run, q_run, angles, o_run);
     else
-      attend_expanded(s, w, kv, run[0], q_run, o_run);
+      attend_expanded(s, w, kv, run[0], q_run, angles, o_run);
     i = last;
   }
   s.note("attn.output", o);

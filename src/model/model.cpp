@@ -7,6 +7,7 @@
 #include "model/rope.h"
 #include "model/step.h"
 
+#include <atomic>
 #include <cmath>
 #include <limits>
 
@@ -72,15 +73,23 @@ Tensor gather_wanted(Step& s, std::span<const Chunk> chunks, Tensor x) {
   return wanted;
 }
 
-// Decode steps of as many sequences repeat one another; 0 for any other step.
-uint64_t repeats(std::span<const Chunk> chunks, const LatentCache& cache, MlaForm form, const Tensor& x) {
-  for (const Chunk& chunk : chunks)
-    if (chunk.tokens.size() != 1 || chunk.logits != Chunk::Logits::last) return 0;
-  uint64_t key = 1;
-  for (const uint64_t part :
-       {uint64_t(chunks.size()), uint64_t(form), reinterpret_cast<uint64_t>(x.data), reinterpret_cast<uint64_t>(cache.layer(0).base)})
-    key = random_bits(key, part) | 1;
-  return key;
+// Decode steps of as many sequences on the same memory repeat one another, but for the expanded form, whose tiles follow the context.
+// 0 for any other step.
+uint64_t repeats(const Step& s, uint64_t model, std::span<const Chunk> chunks, const Tensor& x) {
+  for (size_t i = 0; i < chunks.size(); ++i) {
+    if (chunks[i].tokens.size() != 1 || chunks[i].logits != Chunk::Logits::last) return 0;
+    if (s.config.is_mla() && !absorbs(s, s.spans[i])) return 0;
+  }
+  uint64_t key = model;
+  for (const void* at : {x.data, static_cast<void*>(s.cache.layer(0).base), static_cast<void*>(s.cache.layer(s.cache.layers() - 1).base)})
+    key = random_bits(key, reinterpret_cast<uintptr_t>(at));
+  return random_bits(key, chunks.size() * 64 + uint64_t(s.cache.format().type)) | 1;
+}
+
+// Models are told apart even where one takes another's place in memory.
+uint64_t next_number() {
+  static std::atomic<uint64_t> count = 0;
+  return ++count;
 }
 
 }  // namespace
@@ -112,6 +121,7 @@ Model::Model(const Checkpoint& checkpoint, Device& device, const Progress& progr
     : config_(read_config(checkpoint)),
       device_(&device),
       weights_(load_weights(checkpoint, config_, device, progress)),
+      number_(next_number()),
       arena_(device.memory()) {
   std::vector<float> factors;
   if (const StoredTensor* stored = checkpoint.find("rope_freqs")) {
@@ -150,7 +160,7 @@ Tensor Model::forward(std::span<const Chunk> chunks, LatentCache& cache, const P
 
   Tensor x = arena_.tensor(DType::f32, {n, config_.hidden_size});  // the residual stream
   Tensor logits = arena_.tensor(DType::f32, {wanted_rows(chunks), config_.vocab_size});
-  const uint64_t key = dump ? 0 : repeats(chunks, cache, form, x);
+  const uint64_t key = dump ? 0 : repeats(step, number_, chunks, x);
   if (progress) progress(0);
   device_->step({ids, step.slots, step.spans, cos_sin, step.cos_sin}, key, [&] {
     device_->embed(ids, weights_.embed, x);

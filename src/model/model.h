@@ -109,6 +109,7 @@ class Model {
   Config config_;
   Device* device_;
   Weights weights_;
+  uint64_t number_;                       // of this model among all that were made
   std::vector<double> rope_frequencies_;  // [d_R / 2]
   Arena arena_;
   std::vector<float> host_logits_;

@@ -105,6 +105,10 @@ void add_logprobs(std::span<const float> logits, int alternatives, Sampled& out)
 
 }  // namespace
 
+bool is_plain(const SamplingOptions& o) {
+  return o.top_k == 0 && o.top_p == 1 && o.min_p == 0 && o.repetition_penalty == 1 && o.logit_bias.empty() && !o.logprobs;
+}
+
 void check_sampling(const SamplingOptions& o, int64_t vocab_size) {
   if (!(o.temperature >= 0 && o.temperature <= 100))
     fail_input("the temperature is {}; give a number from 0 (greedy) to 100", o.temperature);

@@ -29,6 +29,9 @@ struct Sampled {
 // that a text does not depend on the batch it was made in. `history` are the sequence's tokens. Equal logits: the lower id.
 Sampled sample(std::span<const float> logits, std::span<const int32_t> history, const SamplingOptions& options, int64_t position);
 
+// Whether nothing but the temperature bends the draw and no log-probabilities are asked for: what Device::choose can do.
+bool is_plain(const SamplingOptions& options);
+
 // Raises Error that names the option that makes no sense.
 void check_sampling(const SamplingOptions& options, int64_t vocab_size);
 

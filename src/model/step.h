@@ -30,6 +30,9 @@ void attend_gqa(Step& step, int layer, const GqaWeights& w, Tensor x);
 // x [n, D] += ffn(norm(x))
 void feed_forward(Step& step, const Layer& layer, Tensor x);
 
+// Whether an MLA span is run in the latent space.
+bool absorbs(const Step& step, const Span& span);
+
 // True if n new tokens on a context of T are cheaper in the latent space: n·T·2(2d_c + d_R) + n·2d_c(d_h + d_v) operations a head
 // against n·T·2(d_h + d_R + d_v) + T·2d_c(d_h + d_v) with keys and values formed.
 bool absorbed_is_cheaper(const Config& config, int64_t n, int64_t T);

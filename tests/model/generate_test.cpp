@@ -221,7 +221,7 @@ TEST(GenerateHistory, LongPromptsThatDoNotFitOneStepTakeTurns) {
   const auto ids = prompt_of("llama3", 0, 150);
   std::vector<std::vector<int32_t>> prompts(3);
   for (size_t i = 0; i < 3; ++i)
-    while (int64_t(prompts[i].size()) < prefill_chunk_tokens * 3 / 5)
+    while (int64_t(prompts[i].size()) < test::cpu().step_tokens * 3 / 5)
       prompts[i].insert(prompts[i].end(), ids.begin() + int64_t(i), ids.end());
   prompts[2].resize(100);  // fits beside the first
   GenerateOptions o;
