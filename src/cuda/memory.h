@@ -1,6 +1,7 @@
-// Memory of the GPU, owned; and copies to and from it.
+// Memory of the GPU: as the engine takes it, and owned, for what the kernels keep.
 #pragma once
 
+#include "core/memory.h"
 #include "cuda/error.h"
 
 #include <cstddef>
@@ -24,9 +25,49 @@ class GpuBuffer {
 
   std::byte* data() const { return data_; }
   size_t bytes() const { return bytes_; }
+  std::byte* release() { return std::exchange(data_, nullptr); }  // to whoever frees it
 
  private:
   void swap(GpuBuffer& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+  }
+  std::byte* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// The GPU's memory in the order of one stream.
+class GpuMemory final : public Memory {
+ public:
+  explicit GpuMemory(cudaStream_t stream) : stream_(stream) {}
+  Place place() const override { return Place::device; }
+  std::byte* take(size_t bytes) override;
+  void give_back(std::byte* data, size_t bytes) noexcept override;
+  void upload(const void* from, void* to, size_t bytes) override;
+  void download(const void* from, void* to, size_t bytes) override;
+  void copy(const void* from, void* to, size_t bytes) override;
+  void wait() override { check(cudaStreamSynchronize(stream_)); }
+
+ private:
+  cudaStream_t stream_;
+};
+
+// The host's memory that the copy engines reach by themselves.
+class PinnedBuffer {
+ public:
+  PinnedBuffer() = default;
+  explicit PinnedBuffer(size_t bytes);
+  PinnedBuffer(PinnedBuffer&& other) noexcept { swap(other); }
+  PinnedBuffer& operator=(PinnedBuffer&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~PinnedBuffer();
+  std::byte* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void swap(PinnedBuffer& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
   }

@@ -19,6 +19,11 @@ void launch(const DecodeCall& call, cudaStream_t stream) {
   config.blockDim = dim3(decode_threads);
   config.dynamicSmemBytes = S::shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = 1;
   check(
       cudaLaunchKernelEx(&config, kernel, query_map(call.q, int64_t(call.n) * call.n_h, call.kv.format.layout.d_k), cache_map(call.kv), a));
   if (plan.merges > 0) merge_decode(call, a.partial, S::values, stream);

@@ -64,4 +64,16 @@ __device__ inline void start_next_kernel() { asm volatile("griddepcontrol.launch
 // In a kernel that was launched while the one before it ran: waits until that has finished and its writes are visible.
 __device__ inline void wait_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// Waits for all threads of the cluster's blocks that have not ended; what they wrote to shared memory is visible then.
+__device__ inline void cluster_sync() { asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory"); }
+// Reads where block `rank` of the cluster has what this block has at `address` in its shared memory.
+__device__ inline float cluster_read(uint32_t address, int rank) {
+  float x;
+  asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there];}"
+               : "=f"(x)
+               : "r"(address), "r"(rank)
+               : "memory");
+  return x;
+}
+
 }  // namespace mla::cuda

@@ -43,4 +43,10 @@ CUtensorMap query_map(const void* q, int64_t rows, int columns) {
   return encode(q, {cuuint64_t(columns), cuuint64_t(rows), 1}, {row_bytes, row_bytes * cuuint64_t(rows)}, 16);
 }
 
+CUtensorMap matrix_map(const void* base, int64_t columns, int64_t rows, int64_t matrices, int64_t row_bytes, int64_t matrix_bytes,
+                       int box_rows) {
+  return encode(base, {cuuint64_t(columns), cuuint64_t(rows), cuuint64_t(matrices)}, {cuuint64_t(row_bytes), cuuint64_t(matrix_bytes)},
+                cuuint32_t(box_rows));
+}
+
 }  // namespace mla::cuda

@@ -1,4 +1,4 @@
-// The copy engine's view of a cache.
+// Tensor maps: what the copy engine is told of arrays of bf16 in the GPU's memory. Boxes have 64 columns, swizzled in rows of 128 bytes.
 #pragma once
 
 #include "device/attention.h"
@@ -7,9 +7,12 @@
 
 namespace mla::cuda {
 
-// bf16 [pages, page_tokens, columns], read in boxes of 64 tokens × 64 columns with 128-byte rows swizzled; columns past the row read as 0.
+// The pages of a bf16 cache, [page, token, column], in boxes of 64 tokens.
 CUtensorMap cache_map(const Kv& kv);
-// bf16 [rows, columns], read in boxes of 16 rows × 64 columns in the same order.
+// Queries, [row, column], in boxes of 16 rows.
 CUtensorMap query_map(const void* q, int64_t rows, int columns);
+// A stack of matrices, [matrix, row, column], in boxes of `box_rows`; distances in bytes. What lies outside reads as zeros.
+CUtensorMap matrix_map(const void* base, int64_t columns, int64_t rows, int64_t matrices, int64_t row_bytes, int64_t matrix_bytes,
+                       int box_rows);
 
 }  // namespace mla::cuda

@@ -1,7 +1,7 @@
-// Attention on every instruction set of this machine against the double reference, and what must hold bit for bit.
+// Attention on every device of this machine against the double reference, and what must hold bit for bit.
 #include "attention_ref.h"
 #include "core/random.h"
-#include "cpu/cpu.h"
+#include "machines.h"
 
 #include <gtest/gtest.h>
 
@@ -111,15 +111,11 @@ void expect_same(const Output& a, const Output& b) {
   EXPECT_EQ(std::memcmp(a.lse.data(), b.lse.data(), a.lse.size() * 4), 0);
 }
 
-class EveryIsa : public testing::TestWithParam<const Kernels*> {
+class EveryMachine : public testing::TestWithParam<Machine> {
  protected:
-  std::unique_ptr<Device> device = make_cpu(*GetParam(), 2);
+  std::unique_ptr<Device> device = GetParam().open(2);
 };
-INSTANTIATE_TEST_SUITE_P(Cpu, EveryIsa, testing::ValuesIn(available_kernels()), [](const auto& info) {
-  std::string name = info.param->name;
-  std::replace(name.begin(), name.end(), '-', '_');
-  return name;
-});
+INSTANTIATE_TEST_SUITE_P(Every, EveryMachine, testing::ValuesIn(machines()), [](const auto& info) { return info.param.name(); });
 
 constexpr DType types[] = {DType::f32, DType::f16, DType::bf16, DType::i8};
 
@@ -142,9 +138,13 @@ const Shape shapes[] = {
     {"expanded", {3, 48, 32, false}, 3},
     {"expanded odd", {2, 19, 25, false}, 4},
     {"wide value", {2, 16, 80, false}, 8},
+    {"mla as published", KvLayout::mla(512, 64), 16},
+    {"expanded as published", {4, 192, 128, false}, 4},
+    {"gqa 4 to 1, 128", KvLayout::gqa(2, 128), 8},
+    {"expanded, 96 and 64", {2, 96, 64, false}, 2},
 };
 
-TEST_P(EveryIsa, AgreesWithTheReferenceForEveryLayoutTypeAndLength) {
+TEST_P(EveryMachine, AgreesWithTheReferenceForEveryLayoutTypeAndLength) {
   for (const Shape& shape : shapes) {
     for (DType type : types) {
       SCOPED_TRACE(fmt::format("{} {}", shape.name, info(type).name));
@@ -154,7 +154,7 @@ TEST_P(EveryIsa, AgreesWithTheReferenceForEveryLayoutTypeAndLength) {
   }
 }
 
-TEST_P(EveryIsa, LongContextsInPieces) {
+TEST_P(EveryMachine, LongContextsInPieces) {
   for (DType type : types) {
     for (const Shape& shape : {Shape{"gqa", KvLayout::gqa(3, 32), 9}, Shape{"mla", KvLayout::mla(32, 16), 16}}) {
       SCOPED_TRACE(fmt::format("{} {}", shape.name, info(type).name));
@@ -164,14 +164,14 @@ TEST_P(EveryIsa, LongContextsInPieces) {
   }
 }
 
-TEST_P(EveryIsa, LongPrefillIsCausal) {
+TEST_P(EveryMachine, LongPrefillIsCausal) {
   for (DType type : {DType::f32, DType::bf16}) {
     Problem p = make_problem(*device, {{2, 24, 16, false}, type}, 2, 300, {{65, 300}, {200, 200}});
     expect_correct(*device, p);
   }
 }
 
-TEST_P(EveryIsa, WindowsAndNoMask) {
+TEST_P(EveryMachine, WindowsAndNoMask) {
   for (DType type : {DType::f32, DType::bf16})
     for (Mask mask : {Mask{true, 1}, Mask{true, 5}, Mask{true, 70}, Mask{false, 0}, Mask{false, 40}}) {
       SCOPED_TRACE(mask.window);
@@ -180,7 +180,7 @@ TEST_P(EveryIsa, WindowsAndNoMask) {
     }
 }
 
-TEST_P(EveryIsa, RowsThatSeeNothingGiveZerosAndMinusInfinity) {
+TEST_P(EveryMachine, RowsThatSeeNothingGiveZerosAndMinusInfinity) {
   for (int count : {1, 40}) {
     Problem p = make_problem(*device, {KvLayout::gqa(2, 32), DType::bf16}, 4, 16, {{count, 0}, {count, 48}, {0, 10}, {0, 0}});
     p.spans[1].position = 0;      // a tile of the context that lies
@@ -192,7 +192,7 @@ TEST_P(EveryIsa, RowsThatSeeNothingGiveZerosAndMinusInfinity) {
   }
 }
 
-TEST_P(EveryIsa, TilesOfTheContextMergeToTheWhole) {
+TEST_P(EveryMachine, TilesOfTheContextMergeToTheWhole) {
   for (DType type : {DType::f32, DType::bf16})
     for (int count : {1, 3, 33}) {
       SCOPED_TRACE(count);
@@ -208,14 +208,16 @@ TEST_P(EveryIsa, TilesOfTheContextMergeToTheWhole) {
     }
 }
 
-TEST_P(EveryIsa, MergingIntoTheUnitIsReplacing) {
+TEST_P(EveryMachine, MergingIntoTheUnitIsReplacing) {
+  if (!GetParam().kernels) GTEST_SKIP() << "other kernels merge than replace";
   Problem p = make_problem(*device, {KvLayout::mla(32, 16), DType::f32}, 16, 16, {{2, 100}});
   const Output want = run(*device, p, p.spans);
   Output unit{std::vector<float>(want.o.size(), 0), std::vector<float>(want.lse.size(), -std::numeric_limits<float>::infinity())};
   expect_same(run(*device, p, p.spans, unit, Attend::merge), want);
 }
 
-TEST_P(EveryIsa, ResultsDependNeitherOnTheBatchNorOnTheThreads) {
+TEST_P(EveryMachine, ResultsDependNeitherOnTheBatchNorOnTheThreads) {
+  if (!GetParam().kernels) GTEST_SKIP() << "a GPU's work is shared out by the batch";
   for (const Shape& shape : {Shape{"gqa", KvLayout::gqa(3, 32), 9}, Shape{"mla", KvLayout::mla(32, 16), 16}}) {
     for (DType type : {DType::f32, DType::bf16}) {
       Problem p = make_problem(*device, {shape.layout, type}, shape.n_h, 64, {{1, 700}, {150, 200}, {3, 90}, {1, 700}});
@@ -223,13 +225,14 @@ TEST_P(EveryIsa, ResultsDependNeitherOnTheBatchNorOnTheThreads) {
       Output alone;
       for (const Span& span : p.spans) alone = run(*device, p, Spans(&span, 1), alone);
       expect_same(alone, together);
-      for (int threads : {1, 5}) expect_same(run(*make_cpu(*GetParam(), threads), p, p.spans), together);
+      for (int threads : {1, 5}) expect_same(run(*GetParam().open(threads), p, p.spans), together);
     }
   }
 }
 
 // The queries of a chunk are lanes, so where a chunk begins changes nothing.
-TEST_P(EveryIsa, ChunksOfAPromptGiveTheSameBits) {
+TEST_P(EveryMachine, ChunksOfAPromptGiveTheSameBits) {
+  if (!GetParam().kernels) GTEST_SKIP() << "a GPU's work is shared out by the batch";
   Problem p = make_problem(*device, {KvLayout::mla(32, 16), DType::bf16}, 16, 64, {{70, 70}});
   const Output whole = run(*device, p, p.spans);
   Output chunks;
@@ -241,7 +244,7 @@ TEST_P(EveryIsa, ChunksOfAPromptGiveTheSameBits) {
   expect_same(chunks, whole);
 }
 
-TEST_P(EveryIsa, LargeScoresDoNotOverflow) {
+TEST_P(EveryMachine, LargeScoresDoNotOverflow) {
   for (int count : {1, 20}) {
     Problem p = make_problem(*device, {KvLayout::gqa(2, 32), DType::f32}, 4, 16, {{count, 100}});
     p.scale = 50;
@@ -249,7 +252,7 @@ TEST_P(EveryIsa, LargeScoresDoNotOverflow) {
   }
 }
 
-TEST_P(EveryIsa, StridedQueriesAndOutputs) {
+TEST_P(EveryMachine, StridedQueriesAndOutputs) {
   Problem p = make_problem(*device, {KvLayout::gqa(2, 32), DType::f32}, 4, 16, {{3, 40}});
   const Output want = run(*device, p, p.spans);
   std::vector<float> wide(p.q.size() * 2, nan), o(want.o.size() * 2, nan), lse(want.lse);

@@ -1,7 +1,8 @@
 // Rows written to the cache come back as their type allows, and nothing else is touched.
 #include "attention_ref.h"
 #include "core/random.h"
-#include "cpu/cpu.h"
+#include "machines.h"
+#include "ref.h"
 
 #include <gtest/gtest.h>
 
@@ -13,9 +14,9 @@ namespace {
 constexpr DType types[] = {DType::f32, DType::f16, DType::bf16, DType::i8};
 const KvLayout layouts[] = {KvLayout::mla(512, 64), KvLayout::mla(40, 8), KvLayout::gqa(3, 64), {2, 19, 25, false}, KvLayout::mha(5, 80)};
 
-class Rows : public testing::TestWithParam<const Kernels*> {
+class Rows : public testing::TestWithParam<Machine> {
  protected:
-  std::unique_ptr<Device> device = make_cpu(*GetParam(), 2);
+  std::unique_ptr<Device> device = GetParam().open(2);
 
   std::vector<float> random_rows(int64_t n, int64_t row, uint64_t seed) {
     std::vector<float> x(size_t(n * row));
@@ -23,11 +24,7 @@ class Rows : public testing::TestWithParam<const Kernels*> {
     return x;
   }
 };
-INSTANTIATE_TEST_SUITE_P(Cpu, Rows, testing::ValuesIn(available_kernels()), [](const auto& info) {
-  std::string name = info.param->name;
-  std::replace(name.begin(), name.end(), '-', '_');
-  return name;
-});
+INSTANTIATE_TEST_SUITE_P(Every, Rows, testing::ValuesIn(machines()), [](const auto& info) { return info.param.name(); });
 
 // The largest error of element e of a row: half a unit of the type, or half a step of its group's scale.
 double bound(const KvFormat& f, const float* row, int64_t e) {
@@ -83,6 +80,37 @@ TEST_P(Rows, ComeBackAsTheirTypeAllows) {
       }
     }
   }
+}
+
+TEST_P(Rows, OfLatentsAreNormedAndRotated) {
+  for (const auto& [d_c, d_R] : {std::pair(512, 64), std::pair(40, 8)})
+    for (const DType type : types)
+      for (const bool interleaved : {false, true}) {
+        SCOPED_TRACE(fmt::format("{} {} {}", d_c, info(type).name, interleaved));
+        constexpr int n = 5;
+        const KvFormat format{KvLayout::mla(d_c, d_R), type};
+        std::vector<std::byte> cache(size_t(n * format.row_bytes()), std::byte(0xff));
+        const Kv kv{format, cache.data(), n * format.row_bytes(), n};
+        std::vector<float> rows = random_rows(n, d_c + d_R, 6), norm = ref::random_floats(d_c, 7),
+                           angles = ref::random_floats(n * d_R / 2, 8, 10);
+        const std::vector<float> before = rows;
+        std::vector<float> cos_sin;
+        for (const float a : angles) cos_sin.push_back(std::cos(a)), cos_sin.push_back(std::sin(a));
+        const std::vector<int64_t> slots = {3, 0, 4, 1, 2};
+        device->store_latents(view(rows.data(), DType::f32, {n, d_c + d_R}), view(norm.data(), DType::f32, {d_c}), 1e-6f,
+                              view(cos_sin.data(), DType::f32, {n, d_R / 2, 2}), interleaved, slots, kv);
+        for (int i = 0; i < n; ++i) {
+          const auto row = before.begin() + i * (d_c + d_R);
+          ref::Row want = ref::rms_norm({row, row + d_c}, {norm.begin(), norm.end()}, 1e-6);
+          const ref::Row key =
+              ref::rope({row + d_c, row + d_c + d_R}, {angles.begin() + i * d_R / 2, angles.begin() + (i + 1) * d_R / 2}, interleaved);
+          want.insert(want.end(), key.begin(), key.end());
+          EXPECT_LT(ref::relative_error(rows.data() + i * (d_c + d_R), want), 1e-5);
+          const std::vector<double> stored = ref::decode_row(format, kv.row(0, slots[size_t(i)]));
+          for (int64_t e = 0; e < d_c + d_R; ++e)
+            ASSERT_LE(std::abs(stored[size_t(e)] - want[size_t(e)]), bound(format, rows.data() + i * (d_c + d_R), e) * 1.01 + 1e-4) << e;
+        }
+      }
 }
 
 TEST_P(Rows, OfZerosAndOfTinyNumbersStayFinite) {

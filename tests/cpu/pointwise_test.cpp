@@ -1,5 +1,5 @@
-// Norms, rotation and routing on every instruction set of this machine, against double precision.
-#include "cpu/cpu.h"
+// Norms, rotation and routing on every device of this machine, against double precision.
+#include "machines.h"
 #include "ref.h"
 
 #include <gtest/gtest.h>
@@ -10,10 +10,10 @@
 namespace mla {
 namespace {
 
-class PointwiseTest : public testing::TestWithParam<const Kernels*> {};
+class PointwiseTest : public testing::TestWithParam<Machine> {};
 
 TEST_P(PointwiseTest, rms_norm) {
-  const auto device = make_cpu(*GetParam(), 2);
+  const auto device = GetParam().open(2);
   for (int64_t d : {1, 15, 16, 24, 576, 2048})
     for (int64_t n : {1, 3, 40}) {
       auto x = ref::random_floats(n * (d + 5), 1, 3), weight = ref::random_floats(d, 2);
@@ -31,7 +31,7 @@ TEST_P(PointwiseTest, rms_norm) {
 }
 
 TEST_P(PointwiseTest, rope) {
-  const auto device = make_cpu(*GetParam(), 2);
+  const auto device = GetParam().open(2);
   for (int64_t d : {2, 6, 64, 128})
     for (int64_t n : {1, 70})
       for (const bool interleaved : {false, true}) {
@@ -53,7 +53,7 @@ TEST_P(PointwiseTest, rope) {
 }
 
 TEST_P(PointwiseTest, route) {
-  const auto device = make_cpu(*GetParam(), 2);
+  const auto device = GetParam().open(2);
   for (const auto& [experts, groups, top_groups, k] :
        {std::array{8, 1, 1, 2}, std::array{64, 1, 1, 6}, std::array{160, 8, 3, 6}, std::array{5, 1, 1, 1}})
     for (const bool renormalise : {false, true}) {
@@ -77,7 +77,7 @@ TEST_P(PointwiseTest, route) {
 
 // A group's score is the best expert in it, not the sum of the best two.
 TEST_P(PointwiseTest, a_group_scores_by_its_best_expert) {
-  const auto device = make_cpu(*GetParam(), 1);
+  const auto device = GetParam().open(1);
   std::vector<float> logits = {3, 0, 2.9f, 2.9f};  // groups {0, 1} and {2, 3}
   RouterConfig c;
   c.gating = Gating::group_limited_greedy, c.experts = 4, c.top_k = 1, c.groups = 2, c.top_groups = 1;
@@ -88,7 +88,7 @@ TEST_P(PointwiseTest, a_group_scores_by_its_best_expert) {
 }
 
 TEST_P(PointwiseTest, equal_scores_go_to_the_lower_index) {
-  const auto device = make_cpu(*GetParam(), 1);
+  const auto device = GetParam().open(1);
   std::vector<float> logits(12, 0.5f), weight(4);
   std::vector<int32_t> expert(4, -1);
   RouterConfig c;
@@ -98,8 +98,7 @@ TEST_P(PointwiseTest, equal_scores_go_to_the_lower_index) {
   EXPECT_EQ(expert, (std::vector<int32_t>{0, 1, 2, 3}));
 }
 
-INSTANTIATE_TEST_SUITE_P(every, PointwiseTest, testing::ValuesIn(available_kernels()),
-                         [](const auto& p) { return std::string(p.param->name); });
+INSTANTIATE_TEST_SUITE_P(every, PointwiseTest, testing::ValuesIn(machines()), [](const auto& p) { return p.param.name(); });
 
 }  // namespace
 }  // namespace mla

@@ -1,0 +1,168 @@
+// Writing rows into the cache, reading them back as f32, and forming the rows of expanded keys and values.
+#include "cuda/cache_rows.cuh"
+#include "cuda/cuda.h"
+#include "cuda/launch.cuh"
+
+#include <algorithm>
+
+namespace mla::cuda {
+namespace {
+
+struct Pages {
+  std::byte* base;
+  int64_t page_bytes;
+  int page_tokens;
+};
+
+__device__ void write_plain(DType type, std::byte* row, int e, float x) {
+  if (type == DType::f32)
+    reinterpret_cast<float*>(row)[e] = x;
+  else if (type == DType::f16)
+    reinterpret_cast<__half*>(row)[e] = __float2half(x);
+  else
+    reinterpret_cast<__nv_bfloat16*>(row)[e] = __float2bfloat16(x);
+}
+
+// A row of i8: each group of up to 64 elements by a warp. x(e) gives element e.
+template <class Element>
+__device__ void write_i8(const RowFormat& f, std::byte* row, Element x) {
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32;
+  // A key or value of `length` elements at a time, its groups shared out.
+  auto quantise = [&](int first, int length, int code, int scale) {
+    for (int g = warp; g * KvFormat::group < length; g += warps) {
+      const int from = g * KvFormat::group, n = min(KvFormat::group, length - from);
+      float most = 0;
+      for (int i = lane; i < n; i += 32) most = fmaxf(most, fabsf(x(first + from + i)));
+      for (int step = 16; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+      const float unit = most / 127, inverse = unit > 0 ? 1 / unit : 0;
+      for (int i = lane; i < n; i += 32)
+        reinterpret_cast<int8_t*>(row)[code + from + i] = int8_t(max(-127, min(127, __float2int_rn(x(first + from + i) * inverse))));
+      if (lane == 0) reinterpret_cast<float*>(row + f.scale_offset)[scale + g] = unit;
+    }
+  };
+  for (int h = 0; h < f.heads; ++h) {
+    const int quantised = f.v_in_k ? f.d_v : f.d_k;
+    quantise(h * f.d_k, quantised, h * quantised, h * f.scales_a_key);
+    for (int i = quantised + int(threadIdx.x); i < f.d_k; i += int(blockDim.x))
+      reinterpret_cast<__nv_bfloat16*>(row + f.kept_offset)[h * (f.d_k - f.d_v) + i - f.d_v] = __float2bfloat16(x(h * f.d_k + i));
+    if (!f.v_in_k)
+      quantise(f.heads * f.d_k + h * f.d_v, f.d_v, f.heads * f.d_k + h * f.d_v, f.heads * f.scales_a_key + h * f.scales_a_value);
+  }
+}
+
+__global__ void store_kernel(const float* rows, int64_t stride, const int64_t* slots, RowFormat f, Pages pages) {
+  begin_kernel();
+  const int64_t slot = slots[blockIdx.x];
+  const float* from = rows + blockIdx.x * stride;
+  std::byte* to = pages.base + slot / pages.page_tokens * pages.page_bytes + slot % pages.page_tokens * f.row_bytes;
+  if (f.type == DType::i8) return write_i8(f, to, [from](int e) { return from[e]; });
+  for (int e = int(threadIdx.x); e < f.row; e += int(blockDim.x)) write_plain(f.type, to, e, from[e]);
+}
+
+// A token a block: its latent normed, its key rotated, both in place and into the cache.
+__global__ void __launch_bounds__(256) latents_kernel(float* rows, const float* norm, float eps, int d_c, const float* cos_sin,
+                                                      bool interleaved, const int64_t* slots, RowFormat f, Pages pages) {
+  begin_kernel();
+  __shared__ float part[8];
+  const int thread = int(threadIdx.x), half = (f.row - d_c) / 2;
+  float* row = rows + int64_t(blockIdx.x) * f.row;
+  const int64_t slot = slots[blockIdx.x];
+  std::byte* to = pages.base + slot / pages.page_tokens * pages.page_bytes + slot % pages.page_tokens * f.row_bytes;
+  float sum = 0;
+  for (int i = thread; i < d_c; i += 256) sum += row[i] * row[i];
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  if (thread % 32 == 0) part[thread / 32] = sum;
+  __syncthreads();
+  sum = 0;
+  for (const float p : part) sum += p;
+  const float scale = rsqrtf(sum / float(d_c) + eps);
+  for (int i = thread; i < d_c; i += 256) {
+    const float y = row[i] * scale * norm[i];
+    row[i] = y;
+    write_plain(f.type, to, i, y);
+  }
+  for (int i = thread; i < half; i += 256) {
+    const int at = d_c + (interleaved ? 2 * i : i), other = d_c + (interleaved ? 2 * i + 1 : i + half);
+    const float c = cos_sin[(int64_t(blockIdx.x) * half + i) * 2], s = cos_sin[(int64_t(blockIdx.x) * half + i) * 2 + 1], a = row[at],
+                b = row[other];
+    row[at] = a * c - b * s, row[other] = a * s + b * c;
+    write_plain(f.type, to, at, a * c - b * s);
+    write_plain(f.type, to, other, a * s + b * c);
+  }
+}
+
+__global__ void load_kernel(float* rows, int64_t stride, const int32_t* page, int64_t first, RowFormat f, Pages pages) {
+  begin_kernel();
+  const int64_t j = first + blockIdx.x;
+  const std::byte* from = pages.base + int64_t(page[j / pages.page_tokens]) * pages.page_bytes + j % pages.page_tokens * f.row_bytes;
+  for (int e = int(threadIdx.x); e < f.row; e += int(blockDim.x)) rows[blockIdx.x * stride + e] = read_element(f, from, e);
+}
+
+// kv [n, heads, d_h + d_v] and rotary [n, d_R] to rows [K of all heads | V of all heads], each key [W_UK c ; k_R]. A head of a token a
+// warp.
+__global__ void expanded_kernel(const float* kv, const float* rotary, int64_t rotary_stride, int d_R, RowFormat f, Pages pages) {
+  begin_kernel();
+  const int64_t t = blockIdx.x;
+  const int lane = int(threadIdx.x), head = int(blockIdx.y * blockDim.y + threadIdx.y), d_h = f.d_k - d_R;
+  if (head >= f.heads) return;
+  const float* from = kv + (t * f.heads + head) * (d_h + f.d_v);
+  std::byte* to = pages.base + t * f.row_bytes;
+  for (int i = lane; i < d_h; i += 32) write_plain(f.type, to, head * f.d_k + i, from[i]);
+  for (int i = lane; i < d_R; i += 32) write_plain(f.type, to, head * f.d_k + d_h + i, rotary[t * rotary_stride + i]);
+  for (int i = lane; i < f.d_v; i += 32) write_plain(f.type, to, f.heads * f.d_k + head * f.d_v + i, from[d_h + i]);
+}
+
+void check_rows(const Tensor& rows, const Kv& kv) {
+  require(rows.rank == 2 && rows.dtype == DType::f32 && rows.shape[1] == kv.format.layout.row() && rows.stride[1] == 1,
+          "rows of this cache", rows);
+}
+
+unsigned threads_for(int64_t elements) { return unsigned(std::clamp<int64_t>(round_up(elements, 32), 32, 512)); }
+
+}  // namespace
+
+void CudaDevice::store(Tensor rows, std::span<const int64_t> slots, const Kv& kv) {
+  check_rows(rows, kv);
+  require(rows.shape[0] == int64_t(slots.size()), "as many rows as slots", rows);
+  if (slots.empty()) return;
+  ArenaScope scope(scratch_);
+  launch(store_kernel, unsigned(slots.size()), threads_for(rows.shape[1]), 0, stream_, rows.f32(), rows.stride[0], on_gpu(slots),
+         RowFormat(kv.format), Pages{kv.base, kv.page_bytes, kv.page_tokens});
+}
+
+void CudaDevice::store_latents(Tensor rows, Tensor norm, float eps, Tensor cos_sin, bool interleaved, std::span<const int64_t> slots,
+                               const Kv& kv) {
+  check_rows(rows, kv);
+  const int64_t n = rows.shape[0], d_c = norm.count(), d_R = rows.shape[1] - d_c;
+  require(n == int64_t(slots.size()) && d_R >= 0 && d_R % 2 == 0 && cos_sin.count() == n * d_R && cos_sin.contiguous(), "these latents",
+          rows, cos_sin);
+  if (kv.format.type == DType::i8 || !rows.contiguous()) return Device::store_latents(rows, norm, eps, cos_sin, interleaved, slots, kv);
+  if (n == 0) return;
+  ArenaScope scope(scratch_);
+  launch(latents_kernel, unsigned(n), 256, 0, stream_, rows.f32(), norm.f32(), eps, int(d_c), cos_sin.f32(), interleaved, on_gpu(slots),
+         RowFormat(kv.format), Pages{kv.base, kv.page_bytes, kv.page_tokens});
+}
+
+void CudaDevice::load(const Kv& kv, const Span& span, int64_t first, Tensor rows) {
+  check_rows(rows, kv);
+  const int64_t n = rows.shape[0];
+  require(first >= 0 && first + n <= span.kv_count, "reading rows that are there", rows);
+  if (n == 0) return;
+  ArenaScope scope(scratch_);
+  const int32_t* pages = inputs_.pages(span.pages, kv.page_tokens);
+  if (!pages) pages = on_gpu(std::span(span.pages, size_t(ceil_div(first + n, kv.page_tokens))));
+  launch(load_kernel, unsigned(n), threads_for(rows.shape[1]), 0, stream_, rows.f32(), rows.stride[0], pages, first, RowFormat(kv.format),
+         Pages{kv.base, kv.page_bytes, kv.page_tokens});
+}
+
+void CudaDevice::store_expanded(Tensor kv, Tensor rotary, const Kv& to) {
+  const KvLayout& l = to.format.layout;
+  const int64_t n = kv.shape[0], d_R = rotary.shape[1], d_h = l.d_k - d_R;
+  require(!l.v_in_k && kv.rank == 3 && kv.shape[1] == l.heads && kv.shape[2] == d_h + l.d_v && kv.contiguous() && rotary.rank == 2 &&
+              rotary.shape[0] == n && rotary.stride[1] == 1 && n <= to.page_tokens && to.format.type != DType::i8,
+          "expanded rows", kv, rotary);
+  launch(expanded_kernel, dim3(unsigned(n), unsigned(ceil_div(l.heads, 8))), dim3(32, 8), 0, stream_, kv.f32(), rotary.f32(),
+         rotary.stride[0], int(d_R), RowFormat(to.format), Pages{to.base, to.page_bytes, to.page_tokens});
+}
+
+}  // namespace mla::cuda

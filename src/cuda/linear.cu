@@ -1,0 +1,102 @@
+// Linear projections: which kernel multiplies, and what it needs made ready.
+#include "cuda/cuda.h"
+#include "cuda/linear.h"
+
+#include <algorithm>
+
+namespace mla::cuda {
+namespace {
+
+// Rows up to which quantised weights are multiplied as they are, each group of 8 reading them once; beyond, decoding them first costs less.
+constexpr int few_quantised_rows = 48;
+
+// The widest tile that still gives every multiprocessor work.
+int tile_for(const Product& p, int processors) {
+  for (const int tile : {256, 128, 64})
+    if (ceil_div(p.part[0].w.rows, 128) * ceil_div(p.n, tile) * p.matrices >= processors * 3 / 2) return tile;
+  return p.n > 32 ? 64 : 32;
+}
+
+void check_rows(const Tensor& x, const Tensor& y, const char* what) {
+  require(x.dtype == DType::f32 && y.dtype == DType::f32 && x.stride[x.rank - 1] == 1 && y.stride[y.rank - 1] == 1, what, x, y);
+}
+
+}  // namespace
+
+void multiply(const Product& whole, Arena& scratch, int processors, cudaStream_t stream) {
+  if (whole.most == 0 || whole.n == 0) return;
+  const DType type = whole.part[0].w.type;
+  if (type == DType::f32) return product_f32(whole, stream);
+  const bool few = whole.runs ? whole.tile <= few_rows : whole.most <= (type == DType::bf16 ? few_rows : few_quantised_rows);
+  if (few) return product_gemv(whole, stream);
+  ArenaScope scope(scratch);
+  const int cols = whole.part[0].w.cols, pitch = packed(DType::bf16, 1, cols).pitch;
+  const int heads = whole.runs ? 1 : whole.matrices;
+  GemmInput in{whole.x.data, int64_t(whole.n) * heads, pitch, 0};
+  if (!whole.x.bf16) {
+    void* x = scratch.bytes(size_t(in.total) * size_t(pitch) * 2);
+    rows_to_bf16(whole.x, whole.n, heads, cols, pitch, x, stream);
+    in.x = x;
+  } else {
+    in.pitch = int(whole.x.row);
+  }
+  for (int i = 0; i < whole.parts; ++i) {
+    Product p = whole;
+    p.part[0] = whole.part[i], p.parts = 1;
+    ArenaScope decoded(scratch);
+    for (PackedMatrix* w : {&p.part[0].w, &p.part[0].up}) {
+      if (!w->data || w->type == DType::bf16) continue;
+      PackedMatrix plain = packed(DType::bf16, w->rows, w->cols);
+      auto* to = static_cast<std::byte*>(scratch.bytes(size_t(plain.matrix_bytes * p.matrices)));
+      decode_to_bf16(*w, p.matrices, to, stream);
+      plain.data = to;
+      *w = plain;
+    }
+    in.tile = p.runs ? p.tile : std::min(tile_for(p, processors), p.part[0].up.data ? 128 : 256);
+    product_gemm(p, in, stream);
+  }
+}
+
+void CudaDevice::linear(Tensor x, std::span<const Projection> projections) {
+  require(x.rank == 2, "a product", x);
+  if (x.shape[0] == 0) return;
+  ArenaScope scope(scratch_);
+  // Products of one type go together, as many as a launch takes.
+  std::vector<bool> done(projections.size());
+  for (size_t from = 0; from < projections.size(); ++from) {
+    if (done[from]) continue;
+    Product p{};
+    p.x = {x.data, false, x.stride[0], 0, nullptr};
+    p.n = p.most = int(x.shape[0]), p.matrices = 1;
+    for (size_t i = from; i < projections.size() && p.parts < Product::most_parts; ++i) {
+      const Projection& one = projections[i];
+      require(
+          one.y.rank == 2 && one.w.count == 1 && x.shape[1] == one.w.cols && one.y.shape[1] == one.w.rows && x.shape[0] == one.y.shape[0],
+          "a product of these shapes", x, one.y);
+      require(!one.bias.data || one.bias.count() == one.w.rows, "a bias of this length", one.bias);
+      check_rows(x, one.y, "a product of these types");
+      if (done[i] || one.w.dtype != projections[from].w.dtype) continue;
+      p.part[p.parts++] = {packed(one.w), {}, {one.y.data, false, one.y.stride[0], 0, one.bias.f32(), one.add}};
+      done[i] = true;
+    }
+    multiply(p, scratch_, properties_.multiProcessorCount, stream_);
+  }
+}
+
+void CudaDevice::linear_heads(Tensor x, const Weight& w, Tensor y) {
+  require(x.rank == 3 && y.rank == 3 && x.shape[1] == w.count && y.shape[1] == w.count && x.shape[2] == w.cols && y.shape[2] == w.rows &&
+              x.shape[0] == y.shape[0],
+          "products of heads of these shapes", x, y);
+  const bool narrow = y.dtype == DType::bf16;
+  require(x.dtype == DType::f32 && (narrow || y.dtype == DType::f32) && x.stride[2] == 1 && y.stride[2] == 1,
+          "products of heads of these types", x, y);
+  if (x.shape[0] == 0) return;
+  ArenaScope scope(scratch_);
+  Product p{};
+  p.parts = 1, p.n = p.most = int(x.shape[0]), p.matrices = int(w.count);
+  p.part[0] = {packed(w), {}, {y.data, narrow, y.stride[0], y.stride[1], nullptr, false}};
+  p.x = {x.data, false, x.stride[0], x.stride[1], nullptr};
+  multiply(p, scratch_, properties_.multiProcessorCount, stream_);
+}
+
+}  // namespace mla::cuda

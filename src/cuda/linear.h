@@ -1,0 +1,12 @@
+// The way from a product to the kernel that is best for it.
+#pragma once
+
+#include "core/memory.h"
+#include "cuda/product.h"
+
+namespace mla::cuda {
+
+// Products of all parts with the rows of x. Without runs; with bf16 activations their rows must be a whole number of units long.
+void multiply(const Product& p, Arena& scratch, int processors, cudaStream_t stream);
+
+}  // namespace mla::cuda

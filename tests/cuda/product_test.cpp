@@ -1,0 +1,118 @@
+// Products on the GPU in every size of tile, gated or not, with runs of rows and without, against double precision at random places.
+#include "cuda/product.h"
+#include "cuda/memory.h"
+#include "ref.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+namespace mla::cuda {
+namespace {
+
+constexpr float nan_value = std::numeric_limits<float>::quiet_NaN();
+
+std::vector<uint16_t> to_bf16(std::vector<float>& x) {
+  std::vector<uint16_t> out;
+  for (float& v : x) out.push_back(f32_to_bf16(v)), v = bf16_to_f32(out.back());
+  return out;
+}
+
+// A stack of bf16 matrices as pack.h lays them out.
+struct Stack {
+  PackedMatrix m;
+  GpuBuffer memory;
+  std::vector<float> values;  // [count, rows, cols]
+  Stack(int count, int rows, int cols, uint64_t seed) : m(packed(DType::bf16, rows, cols)) {
+    values = ref::random_floats(int64_t(count) * rows * cols, seed, 1 / std::sqrt(double(cols)));
+    const std::vector<uint16_t> narrow = to_bf16(values);
+    std::vector<uint16_t> laid(size_t(m.matrix_bytes / 2 * count), 0);
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t k = 0; k < cols; ++k)
+          laid[size_t(c * m.matrix_bytes / 2 + r * m.pitch + k)] = narrow[size_t((c * rows + r) * cols + k)];
+    memory = upload<uint16_t>(laid);
+    m.data = memory.data();
+  }
+};
+
+struct Case {
+  int tile;  // 0: the kernel of few rows
+  bool gated, runs;
+};
+
+class ProductTest : public testing::TestWithParam<Case> {};
+
+TEST_P(ProductTest, AgreesWithDouble) {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) GTEST_SKIP() << "no GPU here";
+  const auto [tile, gated, runs] = GetParam();
+  const int step = tile ? tile : 8;
+  for (const int cols : {40, 64, 1000, 2048}) {
+    const int rows = 328, matrices = 3, n = 2 * step + step / 2 + 1;
+    const Stack w(matrices, rows, cols, 1), up(matrices, rows, cols, 2);
+    // With runs, all matrices share n rows, the last matrix has none; without, each head has n of its own.
+    const int total = runs ? n : n * matrices, pitch = int(round_up(cols, 64));
+    std::vector<float> x = ref::random_floats(int64_t(total) * cols, 3);
+    const std::vector<uint16_t> narrow = to_bf16(x);
+    std::vector<uint16_t> laid(size_t(total) * size_t(pitch), 0);
+    for (int64_t i = 0; i < total; ++i) std::copy_n(narrow.data() + i * cols, cols, laid.data() + i * pitch);
+    const GpuBuffer x_gpu = upload<uint16_t>(laid);
+    std::vector<cuda::Run> cut;
+    std::vector<int> matrix_of(size_t(total), 0);
+    const int first = n / 3;
+    for (int m = 0; m < 2; ++m)
+      for (int at = m ? first : 0, end = m ? n : first; at < end; at += step) cut.push_back({m, at, std::min(step, end - at)});
+    for (int i = 0; i < total; ++i) matrix_of[size_t(i)] = runs ? i >= first : i / n;
+    const std::vector<int32_t> count = {int32_t(cut.size())};
+    cut.resize(cut.size() + 2, {9, 1 << 20, 1});  // beyond the count: not to be looked at
+    const GpuBuffer cut_gpu = upload<cuda::Run>(cut), count_gpu = upload<int32_t>(count);
+
+    std::vector<float> y(size_t(total) * rows, nan_value);
+    const GpuBuffer y_gpu = upload<float>(y);
+    Product p{};
+    p.part[0] = {w.m, gated ? up.m : PackedMatrix{}, {y_gpu.data(), false, rows, int64_t(n) * rows, nullptr, false}};
+    p.parts = 1, p.matrices = matrices, p.n = n, p.most = runs ? step : n, p.tile = tile;
+    p.x = {x_gpu.data(), true, pitch, int64_t(n) * pitch, nullptr};
+    if (runs)
+      p.runs = reinterpret_cast<const cuda::Run*>(cut_gpu.data()), p.run_count = reinterpret_cast<const int32_t*>(count_gpu.data()),
+      p.most_runs = int(cut.size());
+    if (tile)
+      product_gemm(p, {x_gpu.data(), total, pitch, tile}, nullptr);
+    else
+      product_gemv(p, nullptr);
+    check(cudaDeviceSynchronize());
+    y = download<float>(y_gpu.data(), y.size());
+    for (const float v : y) ASSERT_FALSE(std::isnan(v));
+    double worst = 0;
+    for (uint64_t sample = 0; sample < 3000; ++sample) {
+      const int64_t i = int64_t(random_bits(5, sample) % uint64_t(total)), r = int64_t(random_bits(6, sample) % uint64_t(rows));
+      auto dot = [&](const Stack& s) {
+        double sum = 0;
+        for (int64_t k = 0; k < cols; ++k)
+          sum += double(s.values[size_t((matrix_of[size_t(i)] * rows + r) * cols + k)]) * x[size_t(i * cols + k)];
+        return sum;
+      };
+      double expected = dot(w);
+      if (gated) expected = expected / (1 + std::exp(-expected)) * dot(up);
+      worst = std::max(worst, std::fabs(expected - y[size_t(i * rows + r)]));
+    }
+    EXPECT_LT(worst, 1e-4) << cols;
+  }
+}
+
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  for (const int tile : {0, 32, 64, 128, 256})
+    for (const bool gated : {false, true})
+      for (const bool runs : {false, true})
+        if (!(gated && tile == 256)) all.push_back({tile, gated, runs});
+  return all;
+}
+
+INSTANTIATE_TEST_SUITE_P(Tiles, ProductTest, testing::ValuesIn(cases()), [](const auto& info) {
+  return std::to_string(info.param.tile) + (info.param.gated ? "_gated" : "") + (info.param.runs ? "_runs" : "");
+});
+
+}  // namespace
+}  // namespace mla::cuda
