@@ -269,7 +269,7 @@ TEST_P(LinearTest, feeds_forward) {
       const Routing one{slice(routing.expert, 0, i, 1), slice(routing.weight, 0, i, 1)};
       serial->ffn(slice(in, 0, i, 1), w1, routed ? &one : nullptr, view(alone.data() + i * d, DType::f32, {1, d}));
     }
-    if (GetParam().machine.kernels) EXPECT_EQ(0, std::memcmp(y.data(), alone.data(), y.size() * 4)) << (routed ? "routed" : "dense");
+    if (GetParam().machine.kernels) { EXPECT_EQ(0, std::memcmp(y.data(), alone.data(), y.size() * 4)) << (routed ? "routed" : "dense"); }
 
     const ref::Matrix inputs = ref::to_double(x.data(), n, d, d);
     ref::Row reference(start.begin(), start.end());
