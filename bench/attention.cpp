@@ -87,7 +87,8 @@ void run(const Case& c, Device& device, const Ceilings& limit) {
   // A causal query sees the context up to itself.
   const double pairs = double(c.batch) * c.queries * (c.context - (c.queries - 1) * 0.5);
   const double flop = 2 * pairs * c.n_h * (l.d_k + l.d_v), read = double(c.batch) * c.context * double(c.format.row_bytes());
-  const double rate = c.format.type != DType::f32 && limit.bf16_gflop_s > 0 ? limit.bf16_gflop_s : limit.f32_gflop_s;
+  const double narrow = std::max(limit.i16_gop_s, limit.bf16_gflop_s);
+  const double rate = c.format.type != DType::f32 && narrow > 0 ? narrow : limit.f32_gflop_s;
   const double by_rate = flop / rate * 1e-9, by_bytes = read / limit.read_gb_s * 1e-9;
   fmt::print("{:34} {:9.1f} µs (best {:9.1f}) {:6.1f} GB/s {:6.1f} GFLOP/s  {:3.0f}% of {}\n", c.name, time * 1e6, best * 1e6,
              read / time * 1e-9, flop / time * 1e-9, 100 * std::max(by_rate, by_bytes) / time,
@@ -107,6 +108,6 @@ int main(int argc, char** argv) {
     run(c, *device, limit);
   }
   const Ceilings limit = device->probe(0.5);
-  fmt::print("{}: read {:.1f} GB/s, f32 {:.0f} GFLOP/s, bf16 {:.0f} GFLOP/s, int8 {:.0f} GOP/s\n", device->describe(), limit.read_gb_s,
-             limit.f32_gflop_s, limit.bf16_gflop_s, limit.int8_gop_s);
+  fmt::print("{}: read {:.1f} GB/s, f32 {:.0f} GFLOP/s, bf16 {:.0f} GFLOP/s, int16 {:.0f} GOP/s, int8 {:.0f} GOP/s\n", device->describe(),
+             limit.read_gb_s, limit.f32_gflop_s, limit.bf16_gflop_s, limit.i16_gop_s, limit.int8_gop_s);
 }

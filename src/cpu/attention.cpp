@@ -135,7 +135,9 @@ void cpu_attend(CpuDevice& device, Tensor q, const Kv& kv, Spans spans, Mask mas
   const Call c{q, kv, mask, scale, o, lse, how, int(q.shape[1] / std::max(1, kv.format.layout.heads))};
   check(c, spans);
   std::vector<Block> blocks;
-  for (const Span& span : spans) plan_span(c, span, device.kernels().attention.few_rows, blocks);
+  const AttentionKernels& kernels = device.kernels().attention;
+  const int few_rows = kv.format.type == DType::f32 ? kernels.few_rows_f32 : kernels.few_rows_narrow;
+  for (const Span& span : spans) plan_span(c, span, few_rows, blocks);
 
   struct Unit {
     int block, piece;

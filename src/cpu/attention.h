@@ -13,7 +13,7 @@ namespace mla {
 constexpr int attention_tile = 64;
 // Query rows of one unit: in the form "lanes" as vectors of 16, in the form "rows" those of all its cache heads.
 constexpr int attention_vectors = 8;
-// Spans with at most this many query rows per cache head may take the form "rows"; AttentionKernels::few_rows says which do.
+// Spans with at most this many query rows per cache head may take the form "rows"; AttentionKernels says which do.
 constexpr int most_query_rows = 16;
 // A long context is split into at most this many pieces.
 constexpr int attention_pieces = 32;
@@ -56,7 +56,8 @@ struct AttentionFinish {
 };
 
 struct AttentionKernels {
-  int few_rows;  // spans with up to this many query rows per cache head take the form "rows"
+  // Spans with up to this many query rows per cache head take the form "rows": of caches in f32, and of narrower ones.
+  int few_rows_f32, few_rows_narrow;
   void (*lanes)(const AttentionUnit&);
   void (*rows)(const AttentionUnit&);
   void (*finish_lanes)(const AttentionFinish&);
@@ -66,7 +67,7 @@ struct AttentionKernels {
   void (*read_row)(const KvFormat&, const std::byte* from, float* to);
 };
 
-// Bytes of scratch a unit needs, whatever the instruction set: queries, two copies of a tile's rows, and scores and weights.
+// Bytes of scratch a unit needs, whatever its form and the instruction set: queries, two copies of a tile's rows, and scores and weights.
 constexpr int64_t attention_scratch(const KvLayout& layout) {
   const int64_t d_k = round_up(layout.d_k, 32), d_v = round_up(layout.d_v, 32), wide = d_k > d_v ? d_k : d_v;
   const int64_t queries = attention_vectors * 16 * d_k, tile = 2 * attention_tile * wide;

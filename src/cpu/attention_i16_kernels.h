@@ -1,5 +1,6 @@
-// Attention, form "lanes", in whole numbers: where bf16 dots are missing or slow, dots of 16-bit integers run at twice the rate of f32.
-// Queries and rows become codes with a scale for each chunk of a row; 13 bits are finer than bf16's 8, and the sums are exact.
+// Attention, form "lanes", in whole numbers: where bf16 dots are missing or slow, a dot of 16-bit integers does twice the products of an
+// f32 step. Queries and rows become codes of 12 bits and a sign, relative to the largest of each chunk of a row; the sums of codes are
+// exact.
 #pragma once
 
 #include "cpu/attention_lanes_kernels.h"
@@ -15,13 +16,13 @@ static_assert(int64_t(attention_tile) * code_limit * weight_limit <= INT32_MAX);
 constexpr float least_scaled = 1e-30f;  // what is smaller throughout a chunk becomes zeros
 
 constexpr int chunks_of(int64_t n) { return int((n + code_chunk - 1) / code_chunk); }
-constexpr int most_chunks = 16;  // of a key
+constexpr int most_chunks = 16;  // of a key or value
 
-// The scale of a chunk whose largest magnitude is `peak`, and its inverse.
+// The scale of a chunk whose largest magnitude is `peak`, and its inverse. A peak that is no number leaves a scale that is none.
 struct CodeScale {
   float scale, inverse;
   explicit CodeScale(float peak)
-      : scale(peak > least_scaled ? peak / code_limit : 0), inverse(peak > least_scaled ? code_limit / peak : 0) {}
+      : scale(peak <= least_scaled ? 0 : peak / code_limit), inverse(peak <= least_scaled ? 0 : code_limit / peak) {}
 };
 
 // Codes of n elements, load_at(i, m) giving m of them from i on, with zeros up to a multiple of 32, and a scale for each chunk.
@@ -29,9 +30,12 @@ template <class Load>
 inline void write_i16(int64_t n, Load load_at, int16_t* code, float* scale) {
   for (int64_t from = 0; from < n; from += code_chunk, ++scale) {
     const int64_t end = n - from < code_chunk ? n : from + code_chunk;
-    f32x16 most = zero_f32();
-    for (int64_t i = from; i < end; i += 16) most = max(most, abs(load_at(i, end - i < 16 ? int(end - i) : 16)));
-    const CodeScale by(top(most));
+    f32x16 most = zero_f32(), total = zero_f32();
+    for (int64_t i = from; i < end; i += 16) {
+      const f32x16 x = abs(load_at(i, end - i < 16 ? int(end - i) : 16));
+      most = max(most, x), total = total + x;
+    }
+    const CodeScale by(top(most) + 0 * sum(total));  // maxima lose what is no number, sums keep it
     *scale = by.scale;
     for (int64_t i = from; i < end; i += 16) store_i16(code + i, to_i32(load_at(i, end - i < 16 ? int(end - i) : 16) * splat(by.inverse)));
   }
@@ -45,7 +49,8 @@ inline void write_i16_of_bf16(const uint16_t* p, int64_t n, int16_t* code, float
     const int64_t end = n - from < code_chunk ? n : from + code_chunk;
     bf16x32 most = to_bf16x32(zero_f32(), zero_f32());
     for (int64_t i = from; i < end; i += 32) most = max_magnitude(most, load_bf16x32(p + i));
-    const CodeScale by(top(max(widen_even(most), widen_odd(most))));
+    const f32x16 even = widen_even(most), odd = widen_odd(most);
+    const CodeScale by(top(max(even, odd)) + 0 * sum(even + odd));
     *scale = by.scale;
     const f32x16 inverse = splat(by.inverse);
     for (int64_t i = from; i < end; i += 32) {
@@ -59,9 +64,9 @@ inline void write_i16_of_bf16(const uint16_t* p, int64_t n, int16_t* code, float
 inline void write_i16_of_i8(const int8_t* p, const float* group, int64_t n, int16_t* code, float* scale) {
   constexpr int groups = code_chunk / KvFormat::group;
   for (int64_t from = 0; from < n; from += code_chunk, ++scale, group += groups) {
-    float most = 0;
-    for (int g = 0; g < groups; ++g) most = group[g] > most ? group[g] : most;
-    const CodeScale by(127 * most);
+    float most = 0, total = 0;
+    for (int g = 0; g < groups; ++g) most = group[g] > most ? group[g] : most, total += group[g];
+    const CodeScale by(127 * most + 0 * total);
     *scale = by.scale;
     for (int i = 0; i < code_chunk; i += 16)
       store_i16(code + from + i, to_i32(load_i8(p + from + i) * splat(group[i / KvFormat::group] * by.inverse)));
@@ -106,11 +111,12 @@ inline void write_value(const KvFormat& f, const std::byte* row, int head, float
 struct CodeTile {
   explicit CodeTile(const KvLayout& l) : key_step(round_up(l.d_k, 32)), value_step(round_up(l.d_v, 32)), pair_step(2 * value_step + 32) {}
   int64_t key_step, value_step;
-  int64_t pair_step;  // a line more than its content: sixteen steps of a power of two share few places of the first-level cache
+  int64_t pair_step;  // a line more than its content: steps of a power of two would share few places of the first-level cache
   int16_t* key;       // [attention_tile][key_step]
   int16_t* pairs;     // [attention_tile / 2][pair_step]: [value_step][2], the values of two rows side by side
   float key_scale[attention_tile][most_chunks], value_scale[most_chunks][attention_tile];
   const std::byte* next[attention_tile];  // the key in the tile that follows; valid if `ahead`
+  float poison;                           // NaN if a row holds what is no number, else 0
   bool ahead;
   int n, padded;
 };
@@ -122,7 +128,7 @@ inline void load_codes(const AttentionUnit& u, int from, int n, int next, float*
   const std::byte *row[attention_tile], *ahead[attention_tile];
   find_rows(*u.kv, *u.span, from, n, row);
   find_rows(*u.kv, *u.span, from + n, next, ahead);
-  tile.n = n, tile.padded = int(round_up(n, 8)), tile.ahead = plain && next > 0;
+  tile.n = n, tile.padded = int(round_up(n, 8)), tile.ahead = plain && next > 0, tile.poison = 0;
   const int64_t key_at = row_bytes(f.type, int64_t(u.head) * l.d_k);
   for (int t = 0; t < n; ++t) {
     int16_t* key = tile.key + t * tile.key_step;
@@ -130,7 +136,11 @@ inline void load_codes(const AttentionUnit& u, int from, int n, int next, float*
     float scale[most_chunks];
     write_key(f, row[t], u.head, room, key, tile.key_scale[t]);
     if (!l.v_in_k) write_value(f, row[t], u.head, room, value, scale);
-    for (int c = 0; c < chunks_of(l.d_v); ++c) tile.value_scale[c][t] = l.v_in_k ? tile.key_scale[t][c] : scale[c];
+    for (int c = 0; c < chunks_of(l.d_k); ++c) tile.poison += 0 * tile.key_scale[t][c];
+    for (int c = 0; c < chunks_of(l.d_v); ++c) {
+      tile.value_scale[c][t] = l.v_in_k ? tile.key_scale[t][c] : scale[c];
+      tile.poison += 0 * tile.value_scale[c][t];
+    }
     if (next > 0) {
       const std::byte* after = ahead[t < next ? t : next - 1];
       tile.next[t] = after + key_at;
@@ -152,7 +162,6 @@ inline void load_codes(const AttentionUnit& u, int from, int n, int next, float*
     std::memset(tile.key + t * tile.key_step, 0, size_t(tile.key_step) * sizeof(int16_t));
     for (float& s : tile.key_scale[t]) s = 0;
     for (auto& s : tile.value_scale) s[t] = 0;
-    tile.next[t] = tile.next[n - 1];
   }
 }
 
@@ -261,7 +270,7 @@ inline void write_weights(const CodeTile& tile, int chunk, int vector, CodeWeigh
   }
   const f32x16 peak = max(even, odd), least = splat(least_scaled);
   const f32x16 inverse = where_less(least, peak, splat(weight_limit) / peak, zero_f32());
-  store(w.scale[vector], where_less(least, peak, peak * splat(1.0f / weight_limit), zero_f32()));
+  store(w.scale[vector], splat(tile.poison) + where_less(least, peak, peak * splat(1.0f / weight_limit), zero_f32()));
   int16_t* panel = w.panel + vector * attention_tile * 16;
   for (int t = 0; t < tile.padded; t += 2) {
     const f32x16 p = load(weight + t * 16) * splat(scale[t]), q = load(weight + t * 16 + 16) * splat(scale[t + 1]);

@@ -3,6 +3,7 @@
 
 #include "cpu/attention_i16_kernels.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace mla {
@@ -10,9 +11,10 @@ namespace {
 
 inline void attend_lanes(const AttentionUnit& u) {
   const bool narrow = u.kv->format.type != DType::f32;
+  const int widest = std::max(u.kv->format.layout.d_k, u.kv->format.layout.d_v);
   if (isa_has_bf16 && narrow)
     attend_lanes_in<InBf16>(u);
-  else if (isa_has_i16 && narrow && chunks_of(u.kv->format.layout.d_k) <= most_chunks)
+  else if (isa_has_i16 && narrow && widest <= most_chunks * code_chunk)
     attend_lanes_i16(u);
   else
     attend_lanes_in<InF32>(u);
@@ -78,10 +80,11 @@ inline void finish_rows(const AttentionFinish& f) {
   }
 }
 
-// With 32 registers the form "rows" is faster up to a whole vector of query rows: decode of MLA with 16 heads.
+// With 32 registers the form "rows" is faster up to a whole vector of query rows, as decode of MLA with 16 heads has; not than whole
+// numbers.
 constexpr AttentionKernels attention_kernels() {
-  constexpr int few_rows = vector_registers < 32 || isa_has_i16 ? 4 : most_query_rows;
-  return {few_rows, attend_lanes, attend_rows, finish_lanes, finish_rows, write_row, read_row};
+  constexpr int f32 = vector_registers < 32 ? 4 : most_query_rows, narrow = isa_has_i16 ? 4 : f32;
+  return {f32, narrow, attend_lanes, attend_rows, finish_lanes, finish_rows, write_row, read_row};
 }
 
 }  // namespace

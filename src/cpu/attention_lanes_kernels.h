@@ -253,7 +253,7 @@ inline void load_tile(const AttentionUnit& u, int from, int n, int next, typenam
     const std::byte* after = next > 0 ? ahead[t < next ? t : next - 1] : nullptr;
     if (keys_lie) {
       tile.key[t] = reinterpret_cast<const T*>(row[t]) + int64_t(u.head) * l.d_k;
-      tile.next_key[t] = reinterpret_cast<const T*>(after) + int64_t(u.head) * l.d_k;
+      if (after) tile.next_key[t] = reinterpret_cast<const T*>(after) + int64_t(u.head) * l.d_k;
     } else {
       read_key<true>(f, row[t], u.head, key_room + t * key_step);
       tile.key[t] = key_room + t * key_step;
@@ -263,7 +263,7 @@ inline void load_tile(const AttentionUnit& u, int from, int n, int next, typenam
   }
   for (int t = n; t < tile.padded; ++t) {
     tile.key[t] = tile.key[n - 1];
-    if (keys_lie) tile.next_key[t] = tile.next_key[n - 1];
+    if (tile.ahead) tile.next_key[t] = tile.next_key[n - 1];
   }
 
   // Values: where they lie if nothing has to be converted or padded.

@@ -81,6 +81,7 @@ struct Kernels {
   float (*read)(const std::byte* p, int64_t bytes);  // streams through memory
   double (*int8_ops)(int64_t rounds);                // each runs a loop of dots in registers and returns its operations
   double (*bf16_ops)(int64_t rounds);
+  double (*i16_ops)(int64_t rounds);  // pairs of 16-bit integers, as attention multiplies; null where it does not
   double (*f32_ops)(int64_t rounds);
 
   AttentionKernels attention;

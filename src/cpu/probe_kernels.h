@@ -71,10 +71,23 @@ double f32_ops(int64_t rounds) {
   return double(rounds) * 16 * chains * 16 * 2;
 }
 
+double i16_ops(int64_t rounds) {
+  const i32x16 one = splat_i32(unknown(1));
+  const i16x32 b = pair_i16(splat_i32(unknown(3)), one);
+  i16x32 a = pair_i16(one, splat_i32(unknown(2)));
+  const auto step = [&](i32x16 x) {
+    renew(a);
+    return dot_i16(x, a, b);
+  };
+  keep(sum(to_f32(run_chains(rounds, start_i32, step))));
+  return double(rounds) * 16 * chains * 32 * 2;
+}
+
 constexpr void add_probe(Kernels& k) {
   k.read = read_stream;
   k.int8_ops = int8_ops;
   k.bf16_ops = bf16_ops;
+  if (isa_has_i16) k.i16_ops = i16_ops;
   k.f32_ops = f32_ops;
 }
 

@@ -120,6 +120,7 @@ inline bytes64 load_bytes(const void* p) {
 }
 // Makes x new to the compiler, at no cost.
 inline void renew(bytes64& x) { asm volatile("" : "+x"(x.a), "+x"(x.b)); }
+inline void renew(i16x32& x) { asm volatile("" : "+x"(x.a), "+x"(x.b)); }
 inline bytes64 splat_bytes(uint8_t x) { return {_mm256_set1_epi8(char(x)), _mm256_set1_epi8(char(x))}; }
 inline bytes64 operator&(bytes64 x, bytes64 y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
 inline bytes64 operator|(bytes64 x, bytes64 y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }

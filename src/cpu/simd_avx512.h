@@ -94,6 +94,7 @@ inline f32x16 widen_i8(u8x16 a) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi3
 inline bytes64 load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 // Makes x new to the compiler, at no cost.
 inline void renew(bytes64& x) { asm volatile("" : "+v"(x.v)); }
+inline void renew(i16x32& x) { asm volatile("" : "+v"(x.v)); }
 inline bytes64 splat_bytes(uint8_t x) { return {_mm512_set1_epi8(char(x))}; }
 inline bytes64 operator&(bytes64 a, bytes64 b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline bytes64 operator|(bytes64 a, bytes64 b) { return {_mm512_or_si512(a.v, b.v)}; }

@@ -182,6 +182,7 @@ inline bytes64 load_bytes(const void* p) {
 }
 // Makes x new to the compiler, at no cost.
 inline void renew(bytes64& x) { asm volatile("" : "+m"(x)); }
+inline void renew(i16x32& x) { asm volatile("" : "+m"(x)); }
 inline bytes64 splat_bytes(uint8_t b) {
   bytes64 x;
   std::memset(&x, b, sizeof x);

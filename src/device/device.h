@@ -67,6 +67,7 @@ enum class Attend : uint8_t { replace, merge };
 // The rate this device reaches, for the shares that runs and benchmarks print.
 struct Ceilings {
   double read_gb_s = 0, int8_gop_s = 0, bf16_gflop_s = 0, f32_gflop_s = 0;
+  double i16_gop_s = 0;  // 16-bit integers, where attention multiplies in them
 };
 
 // What the host gives a step's operations. It stays as it is, and where it is, until the step has been issued.
