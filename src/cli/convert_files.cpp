@@ -63,6 +63,7 @@ ConvertTexts read_texts(const ConvertArguments& a, const Checkpoint& checkpoint)
 
 std::vector<Comparison> compare_on(const std::vector<EvaluationText>& texts, Model& before, Model& after, DType kv_type) {
   std::vector<Comparison> out;
+  out.reserve(texts.size());
   ProgressBar bar("measuring");
   for (const EvaluationText& text : texts)
     out.push_back(compare_models(before, after, text.tokens, text.window, kv_type, [&](double fraction) {
