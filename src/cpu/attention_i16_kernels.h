@@ -177,8 +177,7 @@ inline void pack_codes(const AttentionUnit& u, int v, CodeQueries& q) {
   const int rows = u.first + u.rows - first < 16 ? u.first + u.rows - first : 16;
   int16_t* panel = q.panel + v * q.vector;
   const float* row[16];
-  for (int i = 0; i < rows; ++i)
-    row[i] = u.q + (first + i) / u.group * u.q_token + (int64_t(u.head) * u.group + (first + i) % u.group) * u.q_head;
+  for (int i = 0; i < rows; ++i) row[i] = query_row(u, u.head, first + i);
   for (int c = 0; c < chunks_of(d_k); ++c) {
     const int from = c * code_chunk, end = d_k - from < code_chunk ? d_k : from + code_chunk;
     auto part = [&](int i, int d) { return end - d < 16 ? load(row[i] + d, end - d) : load(row[i] + d); };

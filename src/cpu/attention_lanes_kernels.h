@@ -119,8 +119,7 @@ inline void pack_queries(const AttentionUnit& u, int first, T* panel) {
   const int d_k = u.kv->format.layout.d_k;
   const float* row[16];
   const int rows = u.first + u.rows - first < 16 ? u.first + u.rows - first : 16;
-  for (int i = 0; i < rows; ++i)
-    row[i] = u.q + (first + i) / u.group * u.q_token + (int64_t(u.head) * u.group + (first + i) % u.group) * u.q_head;
+  for (int i = 0; i < rows; ++i) row[i] = query_row(u, u.head, first + i);
   const f32x16 scale = splat(u.scale);
   for (int d = 0; d < d_k; d += 16) {
     f32x16 block[16];

@@ -18,6 +18,11 @@ inline int64_t query_position(const AttentionUnit& u, int row) {
   return int64_t(u.span->position) + (row < last ? row : last) / u.group;
 }
 
+// Query row `row` for the cache head `head`. [d_k]
+inline const float* query_row(const AttentionUnit& u, int head, int row) {
+  return u.q + row / u.group * u.q_token + (int64_t(head) * u.group + row % u.group) * u.q_head;
+}
+
 // Rows of the unit's stretch that some query row of [first, last] sees; the start stays at a tile.
 inline Range visible_rows(const AttentionUnit& u, int first, int last) {
   int64_t from = u.from, to = u.to;
@@ -79,7 +84,7 @@ template <int most, class F>
 inline void for_query_rows(int rows, F f) {
   int r = 0;
   for (; r + most <= rows && !(most == 3 && rows - r == 4); r += most) f.template operator()<most>(r);
-  for (; most == 3 && rows - r == 4; r += 2) f.template operator()<2>(r);
+  if (most == 3 && rows - r == 4) f.template operator()<2>(r), r += 2;  // two and two rather than three and one
   if constexpr (most > 2) {
     if (rows - r == 3) return f.template operator()<3>(r);
   }
@@ -299,8 +304,7 @@ inline void attend_rows_in(const AttentionUnit& u) {
       float* state = u.state + (g * u.rows + r) * rows_state(l);
       std::memset(state, 0, size_t(rows_state(l)) * sizeof(float));
       state[0] = -__builtin_inff();
-      const int row = u.first + r;
-      const float* from = u.q + row / u.group * u.q_token + (int64_t(u.head + g) * u.group + row % u.group) * u.q_head;
+      const float* from = query_row(u, u.head + g, u.first + r);
       T* to = q + (g * u.rows + r) * q_row;
       std::memset(to, 0, size_t(q_row) * sizeof(T));
       const f32x16 scale = splat(u.scale);
