@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <numeric>
 
 namespace mla {
 namespace {
@@ -106,14 +107,21 @@ float exp_below_zero(float x) {
 }  // namespace
 
 void causal_softmax(float* scores, int64_t from, int64_t rows, int64_t cols) {
+  constexpr int64_t lanes = 8;  // of sums and maxima, so that compilers may turn them into vectors
   for (int64_t i = 0; i < rows; ++i) {
     float* row = scores + i * cols;
-    const int64_t seen = from + i + 1;
-    const float most = *std::max_element(row, row + seen);
-    float sum = 0;
-    for (int64_t s = 0; s < seen; ++s) row[s] = exp_below_zero(row[s] - most);
-    for (int64_t s = 0; s < seen; ++s) sum += row[s];
-    const float scale = 1 / sum;
+    const int64_t seen = from + i + 1, whole = seen / lanes * lanes;
+    float most[lanes], sum[lanes] = {};
+    std::fill_n(most, lanes, row[0]);
+    for (int64_t s = 0; s < whole; s += lanes)
+      for (int64_t j = 0; j < lanes; ++j) most[j] = std::max(most[j], row[s + j]);
+    for (int64_t s = whole; s < seen; ++s) most[0] = std::max(most[0], row[s]);
+    const float highest = *std::max_element(most, most + lanes);
+    for (int64_t s = 0; s < seen; ++s) row[s] = exp_below_zero(row[s] - highest);
+    for (int64_t s = 0; s < whole; s += lanes)
+      for (int64_t j = 0; j < lanes; ++j) sum[j] += row[s + j];
+    for (int64_t s = whole; s < seen; ++s) sum[0] += row[s];
+    const float scale = 1 / std::accumulate(sum, sum + lanes, 0.0F);
     for (int64_t s = 0; s < seen; ++s) row[s] *= scale;
     std::fill(row + seen, row + cols, 0.0F);
   }
