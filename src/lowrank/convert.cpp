@@ -151,7 +151,7 @@ class CalibrationSums {
     sums_.add(inputs_.data(), n);
     for (int64_t i = 0; i < n * D; ++i) mean_[size_t(i % D)] += double(inputs_[size_t(i)]);
     rows_ += n;
-    if (o_.layer.constant != Constant::one && windows_ < o_.constant_windows) add_distances(original, run, x);
+    if (o_.layer.constant != Constant::one && windows_ < o_.constant_windows) add_distances(original, run, n);
   }
   LayerCalibration result() && {
     LayerCalibration out{sums_.gram(), std::move(mean_), std::move(distances_)};
@@ -161,18 +161,14 @@ class CalibrationSums {
   }
 
  private:
-  void add_distances(const Original& original, LayerRun& run, const Tensor& x) {
-    std::vector<float> copy(x.f32(), x.f32() + x.count());
-    Tensor q;
-    std::vector<float> queries;
-    run.attend(original.gqa(), view(copy.data(), DType::f32, {x.shape[0], x.shape[1]}), [&](const std::string& name, const Tensor& t) {
-      if (name == "attn.query") queries.assign(t.f32(), t.f32() + t.count()), q = t;
-      if (name != "attn.rows") return;
-      q.data = queries.data();
-      const Tensor k = view(t.data, DType::f32, {t.shape[0], 2 * shape_.groups, shape_.head_dim});
-      for (int64_t first = 0; first < t.shape[0] && windows_ < o_.constant_windows; first += o_.window, ++windows_)
-        distances_.add(slice(q, 0, first, o_.window), slice(k, 0, first, o_.window), float(config_.softmax_scale()), device_.threads());
-    });
+  void add_distances(const Original& original, LayerRun& run, int64_t rows) {
+    const int64_t T = o_.window, n = std::min(rows / T, o_.constant_windows - windows_) * T, h = shape_.heads, g = shape_.groups;
+    std::vector<float> queries(size_t(n * h * shape_.head_dim)), keys(size_t(n * g * shape_.head_dim));
+    const Tensor q = view(queries.data(), DType::f32, {n, h, shape_.head_dim}), k = view(keys.data(), DType::f32, {n, g, shape_.head_dim});
+    const Tensor inputs = view(inputs_.data(), DType::f32, {n, shape_.hidden});
+    run.project(original.gqa(), slice(inputs, 1, 0, config_.hidden_size), q, k);
+    for (int64_t first = 0; first < n; first += T, ++windows_)
+      distances_.add(slice(q, 0, first, T), slice(k, 0, first, T), float(config_.softmax_scale()), device_.threads());
   }
 
   const Config& config_;
@@ -289,30 +285,17 @@ class Converter {
 
   // A window's inputs, the original's queries and keys for them, and the converted keys.
   ScoreWindow score_window(int64_t window, const MlaWeights& w) {
-    const Config& c = out_.config;
-    const int64_t T = o_.window, D = c.hidden_size, d = shape_.head_dim, h = shape_.heads, g = shape_.groups, r = c.kv_lora_rank;
-    const int64_t d_R = c.qk_rope_head_dim, both = d + c.v_head_dim;
+    const int64_t T = o_.window, D = config_.hidden_size, d = shape_.head_dim, h = shape_.heads, g = shape_.groups;
+    const int64_t d_R = out_.config.qk_rope_head_dim;
     ScoreWindow out;
-    const Tensor x = Batch{window * T, T}.stream(ours_, D);
-    original_.attention_inputs(x, out.inputs);
-    std::vector<float> copy;
-    const auto copied = [&] {
-      copy.assign(x.f32(), x.f32() + x.count());
-      return view(copy.data(), DType::f32, {T, D});
+    const auto sized = [T](std::vector<float>& values, int64_t heads, int64_t width) {
+      values.resize(size_t(T * heads * width));
+      return view(values.data(), DType::f32, {T, heads, width});
     };
-    gqa_run_->attend(original_.gqa(), copied(), [&](const std::string& name, const Tensor& t) {
-      if (name == "attn.query") out.query.assign(t.f32(), t.f32() + t.count());
-      if (name != "attn.rows") return;
-      for (int64_t i = 0; i < T; ++i) out.key.insert(out.key.end(), t.f32() + i * 2 * g * d, t.f32() + i * 2 * g * d + g * d);
-    });
-    std::vector<float> rows, expanded(size_t(T * h * both));
-    mla_run_->attend(w, copied(), [&](const std::string& name, const Tensor& t) {
-      if (name == "attn.latent") rows.assign(t.f32(), t.f32() + t.count());
-    });
-    const Tensor latent = slice(view(rows.data(), DType::f32, {T, r + d_R}), 1, 0, r);
-    device_.linear(latent, w.kv_b, {}, view(expanded.data(), DType::f32, {T, h * both}));
-    for (int64_t i = 0; i < T * h; ++i) out.still.insert(out.still.end(), expanded.data() + i * both, expanded.data() + i * both + d);
-    for (int64_t i = 0; i < T; ++i) out.rotary.insert(out.rotary.end(), rows.data() + i * (r + d_R) + r, rows.data() + (i + 1) * (r + d_R));
+    original_.attention_inputs(Batch{window * T, T}.stream(ours_, D), out.inputs);
+    const Tensor inputs = slice(view(out.inputs.data(), DType::f32, {T, shape_.hidden}), 1, 0, D);
+    gqa_run_->project(original_.gqa(), inputs, sized(out.query, h, d), sized(out.key, g, d));
+    mla_run_->project(w, inputs, sized(out.still, h, d), sized(out.rotary, 1, d_R));
     return out;
   }
 

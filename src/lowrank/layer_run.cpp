@@ -48,12 +48,36 @@ void LayerRun::run(int64_t rows, const Dump& dump, const Run& what) {
   what(step);
 }
 
-void LayerRun::attend(const GqaWeights& w, Tensor x, const Dump& dump) {
-  run(x.shape[0], dump, [&](Step& step) { attend_gqa(step, 0, w, x); });
+void LayerRun::attend(const GqaWeights& w, Tensor x) {
+  run(x.shape[0], {}, [&](Step& step) { attend_gqa(step, 0, w, x); });
 }
 void LayerRun::attend(const MlaWeights& w, Tensor x, const Dump& dump) {
   run(x.shape[0], dump, [&](Step& step) { attend_mla(step, 0, w, x); });
 }
+
+void LayerRun::project(const GqaWeights& w, Tensor inputs, Tensor queries, Tensor keys) {
+  const auto rows = [](const Tensor& heads) { return view(heads.data, DType::f32, {heads.shape[0], heads.shape[1] * heads.shape[2]}); };
+  run(inputs.shape[0], {}, [&](Step& step) {
+    device_.linear(inputs, {{w.q, w.q_bias, rows(queries)}, {w.k, w.k_bias, rows(keys)}});
+    device_.rope(queries, step.cos_sin, config_.rope_interleaved);
+    device_.rope(keys, step.cos_sin, config_.rope_interleaved);
+  });
+}
+
+void LayerRun::project(const MlaWeights& w, Tensor inputs, Tensor still, Tensor rotary) {
+  const int64_t n = inputs.shape[0], h = config_.num_attention_heads, d = config_.qk_nope_head_dim, both = d + config_.v_head_dim;
+  const int64_t r = config_.kv_lora_rank, d_R = config_.qk_rope_head_dim;
+  run(n, {}, [&](Step& step) {
+    const Tensor rows = arena_.tensor(DType::f32, {n, r + d_R}), expanded = arena_.tensor(DType::f32, {n, h * both});
+    const Tensor latent = slice(rows, 1, 0, r), key = view(rows.data, DType::f32, {n, 1, r + d_R});
+    device_.linear(inputs, w.kv_a, w.kv_a_bias, rows);
+    device_.rms_norm(latent, w.kv_a_norm, float(config_.latent_norm_eps), latent);
+    device_.rope(slice(key, 2, r, d_R), step.cos_sin, config_.rope_interleaved, view(rotary.data, DType::f32, {n, 1, d_R}));
+    device_.linear(latent, w.kv_b, {}, expanded);
+    device_.copy(slice(view(expanded.data, DType::f32, {n * h, both}), 1, 0, d), view(still.data, DType::f32, {n * h, d}));
+  });
+}
+
 void LayerRun::feed_forward(const Layer& layer, Tensor x) {
   run(x.shape[0], {}, [&](Step& step) { mla::feed_forward(step, layer, x); });
 }
