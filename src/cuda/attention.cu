@@ -1,5 +1,5 @@
 // Attention: which kernel runs, and the portable one.
-#include "cuda/attention.h"
+#include "cuda/attention_rows.cuh"
 #include "cuda/cuda.h"
 #include "cuda/product.h"
 
@@ -148,10 +148,7 @@ void CudaDevice::attend(Tensor q, const Kv& kv, Spans spans, Mask mask, float sc
       c.spans.pages = on_gpu(std::span<const int32_t>(pages));
     }
   }
-  if (attend_tiles_takes(kv.format) && q.stride[0] % 2 == 0 && q.stride[1] % 2 == 0 && o.stride[0] % 2 == 0 && o.stride[1] % 2 == 0)
-    attend_tiles(c, stream_);
-  else
-    attend_portable(c, stream_);
+  if (!attend_tiles(c, stream_)) attend_portable(c, stream_);
 }
 
 }  // namespace mla::cuda

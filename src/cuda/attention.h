@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cuda/cache_rows.cuh"
-#include "cuda/launch.cuh"
 #include "cuda/step.h"
 
 namespace mla::cuda {
@@ -28,36 +27,10 @@ struct AttentionCall {
   bool merge;
 };
 
-__device__ inline GpuSpan span_of(const AttentionCall& c, int index) { return c.spans.spans ? c.spans.spans[index] : c.one; }
-__device__ inline int32_t page_of(const AttentionCall& c, const GpuSpan& s, int index) {
-  return c.spans.pages ? c.spans.pages[s.table + index] : c.page;
-}
-
-// Rows [begin, end) of a span that a query at `position` sees.
-__device__ inline int first_seen(const AttentionCall& c, const GpuSpan& s, int position) {
-  return c.window > 0 ? max(0, position - c.window + 1 - s.kv_position) : 0;
-}
-__device__ inline int end_seen(const AttentionCall& c, const GpuSpan& s, int position) {
-  return c.causal ? max(0, min(s.kv_count, position - s.kv_position + 1)) : s.kv_count;
-}
-
-// What a row's own result and the one that is there are multiplied by, for their lse (natural, -inf for none); `lse` becomes the sum's.
-__device__ inline void merge_weights(float& lse, float before, float& own, float& other) {
-  const float top = fmaxf(lse, before);
-  if (top == -INFINITY) {
-    own = other = 0, lse = -INFINITY;
-    return;
-  }
-  own = expf(lse - top), other = expf(before - top);
-  const float sum = own + other;
-  own /= sum, other /= sum, lse = top + logf(sum);
-}
-
 // By plain instructions: a block for each query and head.
 void attend_portable(const AttentionCall& call, cudaStream_t stream);
 
-// By tensor cores, for bf16 caches of separate keys and values in some widths of heads.
-bool attend_tiles_takes(const KvFormat& format);
-void attend_tiles(const AttentionCall& call, cudaStream_t stream);
+// By Hopper's matrix units, for bf16 caches of separate keys and values in some widths of heads; false if it does not take the call.
+bool attend_tiles(const AttentionCall& call, cudaStream_t stream);
 
 }  // namespace mla::cuda

@@ -1,47 +1,51 @@
-// Attention by tensor cores with an online softmax: a block has 128 query rows of one cache head, a warp 16 of them; keys and values come
-// in tiles of 64 rows, the next tile while this one is multiplied. Scores never leave the registers.
-#include "cuda/attention.h"
+// Prefill on Hopper: attention over separate keys and values with an online softmax. A block has 128 query rows of one cache head. One warp
+// copies tiles of 128 keys and values to shared memory; two warpgroups multiply, 64 rows each, and while one multiplies the other takes
+// exponentials. Scores never leave the registers.
+#include "cuda/attention_rows.cuh"
+#include "cuda/tensor_map.h"
+#include "cuda/wgmma.cuh"
 
 #include <algorithm>
+#include <numeric>
 
 namespace mla::cuda {
 namespace {
 
-constexpr int warps = 8, threads = 32 * warps, block_rows = 16 * warps, tile = 64;
+constexpr int threads = 384, group_rows = 64, block_rows = 2 * group_rows, tile = 128, stages = 2;
+constexpr int box_bytes = tile * 128;  // 64 columns of a tile
 constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 
-// Rows in shared memory are 16 bytes longer than they need be, so that eight of them begin in different banks.
+// In boxes of 64 columns: the queries, then the stages, each its keys and its values.
 template <int D_k, int D_v>
 struct TileShape {
-  static constexpr int k_pitch = D_k + 8, v_pitch = D_v + 8;  // elements
-  static constexpr int k_bytes = tile * k_pitch * 2, v_bytes = tile * v_pitch * 2;
-  static constexpr int shared_bytes = 2 * (k_bytes + v_bytes);
+  static constexpr int k_boxes = (D_k + 63) / 64, v_boxes = D_v / 64;
+  static constexpr int q_bytes = k_boxes * block_rows * 128, stage_bytes = (k_boxes + v_boxes) * box_bytes;
+  static constexpr int shared_bytes = q_bytes + stages * stage_bytes + 1024;
+  static constexpr int o_registers = D_v / 2;
 };
 
-__device__ void multiply(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+struct TileBarriers {
+  uint64_t k_full[stages], k_empty[stages], v_full[stages], v_empty[stages];
+};
 
-// Four 8 × 8 matrices; lane l names row l % 8 of matrix l / 8.
-template <bool Transposed>
-__device__ void load_matrices(uint32_t (&x)[4], uint32_t address) {
-  if constexpr (Transposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(address));
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(address));
-}
+extern __shared__ __align__(1024) uint8_t tiles_memory[];
 
-// 16 bytes, or zeros.
-__device__ void copy_piece(uint32_t to, const void* from, bool there) {
-  const int bytes = there ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
-}
+template <class S>
+struct TileMemory {
+  __device__ static uint8_t* q() { return tiles_memory; }
+  __device__ static uint8_t* k(int stage) { return tiles_memory + S::q_bytes + stage * S::stage_bytes; }
+  __device__ static uint8_t* v(int stage) { return k(stage) + S::k_boxes * box_bytes; }
+  __device__ static TileBarriers& barriers() {
+    return *reinterpret_cast<TileBarriers*>(tiles_memory + S::q_bytes + stages * S::stage_bytes);
+  }
+};
+
+// How a launch is cut into blocks. Heads go in sections whose keys and values stay in the second-level cache together; within one the
+// longest blocks come first.
+struct TileGrid {
+  int blocks, section;  // blocks of rows of a head, heads of a section
+  int box_rows;         // rows that are neighbours in memory wherever a tile is cut
+};
 
 __device__ uint32_t pair(float x, float y) {
   const __nv_bfloat162 p = __floats2bfloat162_rn(x, y);
@@ -54,164 +58,295 @@ __device__ float exp2_fast(float x) {
   return y;
 }
 
-extern __shared__ __align__(16) uint8_t tiles_memory[];
+// What a block computes: rows [first, first + 128) of (token, head of the group), against cache rows [begin, end) of one head.
+struct TileWork {
+  GpuSpan span;
+  int group, rows, first, head, begin, end;
 
-// Starts the copy of cache rows [first, first + 64); rows from `end` on become zeros.
-template <int D_k, int D_v>
-__device__ void fetch(const AttentionCall& c, const GpuSpan& span, int head, int first, int end, int stage) {
-  using S = TileShape<D_k, D_v>;
-  const uint32_t k = shared_address(tiles_memory + stage * (S::k_bytes + S::v_bytes)), v = k + S::k_bytes;
-  const bool one_page = span.kv_count <= c.page_tokens;
-  auto row_at = [&](int j) {
-    const int page = one_page ? 0 : j / c.page_tokens;
-    return c.base + int64_t(page_of(c, span, page)) * c.page_bytes + int64_t(j - page * c.page_tokens) * c.format.row_bytes;
-  };
-  auto part = [&](uint32_t to, int pitch, int columns, int offset) {
-    const int pieces = columns / 8;
-    for (int i = int(threadIdx.x); i < tile * pieces; i += threads) {
-      const int r = i / pieces, piece = i % pieces, j = first + r;
-      const bool there = j < end;
-      copy_piece(to + uint32_t((r * pitch + piece * 8) * 2), there ? row_at(j) + (offset + piece * 8) * 2 : c.base, there);
+  __device__ TileWork(const AttentionCall& c, const TileGrid& g) {
+    const int section = int(blockIdx.x) / (g.blocks * g.section), at = int(blockIdx.x) % (g.blocks * g.section);
+    const int heads = min(g.section, c.format.heads - section * g.section);
+    span = span_of(c, int(blockIdx.y));
+    head = section * g.section + at % heads;
+    group = c.n_h / c.format.heads, rows = span.count * group;
+    first = (g.blocks - 1 - at / heads) * block_rows;
+    if (first >= rows) return;
+    const int last_token = min(span.count - 1, (first + block_rows - 1) / group);
+    begin = first_seen(c, span, span.position + first / group) / tile * tile;
+    end = end_seen(c, span, span.position + last_token);
+  }
+  __device__ int tiles() const { return end > begin ? (end - begin + tile - 1) / tile : 0; }
+};
+
+// The thread that copies. Rows past the span's last stay as they are in shared memory.
+template <class S, int D_k, int D_v>
+__device__ void load_tiles(const AttentionCall& c, const CUtensorMap* map, const TileWork& w, int box_rows) {
+  constexpr TileMemory<S> memory{};
+  TileBarriers& b = memory.barriers();
+  auto part = [&](uint64_t* full, uint8_t* to, int boxes, int column, int first) {
+    const int pieces = (min(tile, w.span.kv_count - first) + box_rows - 1) / box_rows;
+    barrier_expect(full, pieces * boxes * box_rows * 128);
+    for (int i = 0; i < pieces; ++i) {
+      const int j = first + i * box_rows, page = j / c.page_tokens;
+      const int y = j - page * c.page_tokens, z = page_of(c, w.span, page);
+      for (int box = 0; box < boxes; ++box) copy_box(to + box * box_bytes + i * box_rows * 128, map, full, column + box * 64, y, z);
     }
   };
-  part(k, S::k_pitch, D_k, head * D_k);
-  part(v, S::v_pitch, D_v, c.format.heads * D_k + head * D_v);
-  asm volatile("cp.async.commit_group;");
+  for (int t = 0; t < w.tiles(); ++t) {
+    const int stage = t % stages, free = (t / stages & 1) ^ 1, first = w.begin + t * tile;
+    barrier_wait(&b.k_empty[stage], free);
+    part(&b.k_full[stage], memory.k(stage), S::k_boxes, w.head * D_k, first);
+    barrier_wait(&b.v_empty[stage], free);
+    part(&b.v_full[stage], memory.v(stage), S::v_boxes, c.format.heads * D_k + w.head * D_v, first);
+  }
 }
 
+// A warpgroup's thread: its rows are row and row + 8 of the block, its columns 8 i + 2 (lane % 4) + {0, 1}.
 template <int D_k, int D_v>
-__global__ void __launch_bounds__(threads, 1) tiles_kernel(const __grid_constant__ AttentionCall c) {
+struct TileGroup {
   using S = TileShape<D_k, D_v>;
-  begin_kernel();
-  const GpuSpan span = span_of(c, int(blockIdx.z));
-  const int group = c.n_h / c.format.heads, rows = span.count * group;
-  const int block = int(gridDim.x - 1 - blockIdx.x) * block_rows;  // the longest first
-  const int head = int(blockIdx.y), warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  if (block >= rows) return;
-  const int first_token = block / group, last_token = min(span.count - 1, (block + block_rows - 1) / group);
-  const int begin = first_seen(c, span, span.position + first_token) / tile * tile, end = end_seen(c, span, span.position + last_token);
-  if (begin < end) fetch<D_k, D_v>(c, span, head, begin, end, 0);
-
-  // This lane's two rows, 8 apart.
+  static constexpr TileMemory<S> memory{};
+  const AttentionCall& c;
+  const TileWork& w;
+  int index, thread, lane, row;
   int seen_from[2], seen_to[2];
-  int64_t q_at[2];
-  bool there[2];
-  uint32_t q[D_k / 16][4];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int r = block + warp * 16 + lane / 4 + 8 * i, token = min(r / group, span.count - 1);
-    there[i] = r < rows;
-    q_at[i] = (int64_t(span.start) + token) * c.q_row + (head * group + r % group) * c.q_head;
-    seen_from[i] = first_seen(c, span, span.position + token), seen_to[i] = there[i] ? end_seen(c, span, span.position + token) : 0;
-  }
-  const float scale = c.scale * log2_e;
-#pragma unroll
-  for (int k = 0; k < D_k / 16; ++k)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float2 x{};
-      if (there[i % 2]) x = *reinterpret_cast<const float2*>(c.q + q_at[i % 2] + k * 16 + i / 2 * 8 + lane % 4 * 2);
-      q[k][i] = pair(x.x * scale, x.y * scale);
-    }
+  float m[2] = {-INFINITY, -INFINITY}, l[2] = {};  // reference of the sums, base 2, and this thread's share of them
 
-  float o[D_v / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {};
-  int stage = 0;
-  for (int first = begin; first < end; first += tile, stage ^= 1) {
-    asm volatile("cp.async.wait_group 0;");
-    __syncthreads();
-    if (first + tile < end) fetch<D_k, D_v>(c, span, head, first + tile, end, stage ^ 1);
-    const uint32_t k_at = shared_address(tiles_memory + stage * (S::k_bytes + S::v_bytes)), v_at = k_at + S::k_bytes;
-
-    float s[tile / 8][4] = {};
-#pragma unroll
-    for (int k = 0; k < D_k / 16; ++k)
-#pragma unroll
-      for (int n = 0; n < tile / 16; ++n) {
-        uint32_t b[4];
-        const int row = n * 16 + lane / 16 * 8 + lane % 8, column = k * 16 + lane / 8 % 2 * 8;
-        load_matrices<false>(b, k_at + uint32_t((row * S::k_pitch + column) * 2));
-        multiply(s[2 * n], q[k], b[0], b[1]);
-        multiply(s[2 * n + 1], q[k], b[2], b[3]);
-      }
-    const bool masked = first + tile > min(seen_to[0], seen_to[1]) || first < max(seen_from[0], seen_from[1]);
-    if (masked) {
-#pragma unroll
-      for (int n = 0; n < tile / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int j = first + n * 8 + lane % 4 * 2 + i % 2;
-          if (j < seen_from[i / 2] || j >= seen_to[i / 2]) s[n][i] = -INFINITY;
-        }
-    }
-    uint32_t p[tile / 16][4];
+  __device__ TileGroup(const AttentionCall& call, const TileWork& work, int index_)
+      : c(call), w(work), index(index_), thread(int(threadIdx.x) % 128), lane(thread % 32) {
+    row = index * group_rows + thread / 32 * 16 + lane / 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float top = m[i];
-#pragma unroll
-      for (int n = 0; n < tile / 8; ++n) top = fmaxf(top, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      const float factor = m[i] == top ? 1 : exp2_fast(m[i] - top), base = top == -INFINITY ? 0 : top;
-      m[i] = top;
-      float sum = 0;
-#pragma unroll
-      for (int n = 0; n < tile / 8; ++n) {
-        const float x = exp2_fast(s[n][2 * i] - base), y = exp2_fast(s[n][2 * i + 1] - base);
-        sum += x + y;
-        p[n / 2][n % 2 * 2 + i] = pair(x, y);
-      }
-      l[i] = l[i] * factor + sum;
-#pragma unroll
-      for (int n = 0; n < D_v / 8; ++n) o[n][2 * i] *= factor, o[n][2 * i + 1] *= factor;
+      const int position = w.span.position + min((w.first + row + 8 * i) / w.group, w.span.count - 1);
+      seen_from[i] = first_seen(c, w.span, position);
+      seen_to[i] = w.first + row + 8 * i < w.rows ? end_seen(c, w.span, position) : 0;
     }
-#pragma unroll
-    for (int k = 0; k < tile / 16; ++k)
-#pragma unroll
-      for (int n = 0; n < D_v / 16; ++n) {
-        uint32_t b[4];
-        const int row = k * 16 + lane % 16, column = n * 16 + lane / 16 * 8;
-        load_matrices<true>(b, v_at + uint32_t((row * S::v_pitch + column) * 2));
-        multiply(o[2 * n], p[k], b[0], b[1]);
-        multiply(o[2 * n + 1], p[k], b[2], b[3]);
-      }
   }
 
-  float before[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    l[i] += __shfl_xor_sync(~0u, l[i], 1);
-    l[i] += __shfl_xor_sync(~0u, l[i], 2);
-    const int r = block + warp * 16 + lane / 4 + 8 * i;
-    before[i] = c.merge && there[i] ? c.lse[(span.start + r / group) * c.lse_row + (head * group + r % group) * c.lse_head] : -INFINITY;
+  __device__ int64_t query_at(int r) const {
+    return (int64_t(w.span.start) + r / w.group) * c.q_row + (w.head * w.group + r % w.group) * c.q_head;
   }
-  __syncwarp();  // a row's four lanes have read its sum
+
+  // This warpgroup's queries as bf16 into shared memory.
+  __device__ void load_queries() const {
+    constexpr int pieces = D_k / 8;
+    for (int i = thread; i < group_rows * pieces; i += 128) {
+      const int r = i / pieces, piece = i % pieces, at = index * group_rows + r;
+      float2 x[4] = {};
+      if (w.first + at < w.rows) {
+        const auto* from = reinterpret_cast<const float2*>(c.q + query_at(w.first + at) + piece * 8);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (!there[i]) continue;
-    const int r = block + warp * 16 + lane / 4 + 8 * i;
-    const int64_t token = int64_t(span.start) + r / group, at = head * group + r % group;
-    float lse = l[i] > 0 ? (m[i] + log2f(l[i])) * ln_2 : -INFINITY, own = 1, other = 0;
-    if (c.merge) merge_weights(lse, before[i], own, other);
-    if (lane % 4 == 0) c.lse[token * c.lse_row + at * c.lse_head] = lse;
-    const float scale_own = l[i] > 0 ? own / l[i] : 0;
-    float* to = c.o + token * c.o_row + at * c.o_head + lane % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < D_v / 8; ++n) {
-      float2 y{o[n][2 * i] * scale_own, o[n][2 * i + 1] * scale_own};
-      if (other > 0) {
-        const float2 old = *reinterpret_cast<const float2*>(to + n * 8);
-        y.x += other * old.x, y.y += other * old.y;
+        for (int j = 0; j < 4; ++j) x[j] = from[j];
       }
-      *reinterpret_cast<float2*>(to + n * 8) = y;
+      *reinterpret_cast<uint4*>(memory.q() + piece / 8 * (block_rows * 128) + at * 128 + ((piece ^ at) & 7) * 16) = {
+          pair(x[0].x, x[0].y), pair(x[1].x, x[1].y), pair(x[2].x, x[2].y), pair(x[3].x, x[3].y)};
+    }
+    publish_shared();
+    named_sync(3 + index, 128);
+  }
+
+  // The warpgroups' products take turns, so that one's exponentials fall into the other's.
+  __device__ void begin_turn() const { named_sync(1 + index, 256); }
+  __device__ void end_turn() const { named_arrive(2 - index, 256); }
+  __device__ void free(uint64_t& barrier) const {
+    if (lane == 0) barrier_arrive(&barrier);
+  }
+
+  // s = Q Kᵀ
+  __device__ void scores(float (&s)[tile / 2], int stage) const {
+    const uint32_t q = shared_address(memory.q()) + index * group_rows * 128, k = shared_address(memory.k(stage));
+#pragma unroll
+    for (int i = 0; i < D_k / 16; ++i)
+      wgmma<false>(s, wgmma_operand(q + i / 4 * (block_rows * 128) + i % 4 * 32), wgmma_operand(k + i / 4 * box_bytes + i % 4 * 32), i > 0);
+    wgmma_commit();
+  }
+  // o += P V
+  __device__ void values(float (&o)[S::o_registers], const uint32_t (&p)[tile / 4], int stage) const {
+    const uint32_t v = shared_address(memory.v(stage));
+#pragma unroll
+    for (int i = 0; i < tile / 16; ++i) wgmma<true>(o, p + 4 * i, wgmma_operand(v + i * 16 * 128, box_bytes), 1);
+    wgmma_commit();
+  }
+
+  // Zeroes the values of rows that are not the span's: 0 × NaN is NaN. Both warpgroups do, neither waits for the other.
+  __device__ void clear_values(int stage, int valid) const {
+    if (valid >= tile) return;
+    for (int box = 0; box < S::v_boxes; ++box)
+      for (int i = valid * 8 + thread; i < tile * 8; i += 128) reinterpret_cast<uint4*>(memory.v(stage) + box * box_bytes)[i] = uint4{};
+    publish_shared();
+    named_sync(3 + index, 128);
+  }
+
+  // The scores of the tile at `first` become probabilities; what was summed before must be multiplied by `factor`.
+  __device__ void softmax(float (&s)[tile / 2], int first, float (&factor)[2]) {
+    if (first + tile > min(seen_to[0], seen_to[1]) || first < max(seen_from[0], seen_from[1])) {
+#pragma unroll
+      for (int i = 0; i < tile / 2; ++i) {
+        const int j = first + i / 4 * 8 + lane % 4 * 2 + i % 2;
+        if (j < seen_from[i / 2 % 2] || j >= seen_to[i / 2 % 2]) s[i] = -INFINITY;
+      }
+    }
+    const float scale = c.scale * log2_e;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float top = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < tile / 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) * scale;
+      // The reference moves only where a score exceeds it by 2^8: f32 sums and bf16 probabilities are as exact below as at 1.
+      const float next = top > m[r] + 8 ? top : m[r], base = next == -INFINITY ? 0 : next;
+      factor[r] = m[r] == next ? 1 : exp2_fast(m[r] - next);
+      m[r] = next;
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < tile / 8; ++i) {
+        float &x = s[4 * i + 2 * r], &y = s[4 * i + 2 * r + 1];
+        x = exp2_fast(fmaf(x, scale, -base)), y = exp2_fast(fmaf(y, scale, -base));
+        sum += x + y;
+      }
+      l[r] = l[r] * factor[r] + sum;
     }
   }
+
+  __device__ void run(float (&o)[S::o_registers]) {
+    TileBarriers& b = memory.barriers();
+    const int tiles = w.tiles();
+    if (tiles == 0) return;
+    if (index == 1) end_turn();  // the first warpgroup begins
+    float s[tile / 2], factor[2];
+    uint32_t p[tile / 4];
+    auto narrow = [&] {
+#pragma unroll
+      for (int i = 0; i < tile / 4; ++i) p[i] = pair(s[2 * i], s[2 * i + 1]);
+    };
+    barrier_wait(&b.k_full[0], 0);
+    begin_turn();
+    wgmma_begin();
+    scores(s, 0);
+    end_turn();
+    wgmma_wait<0>();
+    free(b.k_empty[0]);
+    softmax(s, w.begin, factor);
+    narrow();
+    for (int t = 1; t < tiles; ++t) {
+      const int stage = t % stages, before = (t - 1) % stages;
+      barrier_wait(&b.k_full[stage], t / stages & 1);
+      begin_turn();
+      wgmma_begin();
+      scores(s, stage);
+      barrier_wait(&b.v_full[before], (t - 1) / stages & 1);
+      wgmma_begin();
+      values(o, p, before);
+      end_turn();
+      wgmma_wait<1>();
+      free(b.k_empty[stage]);
+      softmax(s, w.begin + t * tile, factor);
+      wgmma_wait<0>();
+      free(b.v_empty[before]);
+      narrow();
+      if (__any_sync(~0u, factor[0] != 1 || factor[1] != 1)) {
+#pragma unroll
+        for (int i = 0; i < S::o_registers; ++i) o[i] *= factor[i / 2 % 2];
+      }
+    }
+    const int stage = (tiles - 1) % stages;
+    barrier_wait(&b.v_full[stage], (tiles - 1) / stages & 1);
+    clear_values(stage, w.span.kv_count - (w.begin + (tiles - 1) * tile));
+    begin_turn();
+    wgmma_begin();
+    values(o, p, stage);
+    end_turn();
+    wgmma_wait<0>();
+  }
+  __device__ void store(const float (&o)[S::o_registers]) {
+    float before[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      l[i] += __shfl_xor_sync(~0u, l[i], 1);
+      l[i] += __shfl_xor_sync(~0u, l[i], 2);
+      before[i] = c.merge && there(i) ? c.lse[sum_at(i)] : -INFINITY;
+    }
+    __syncwarp();  // a row's four lanes have read its sum
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!there(i)) continue;
+      float lse = l[i] > 0 ? (m[i] + log2f(l[i])) * ln_2 : -INFINITY, own = 1, other = 0;
+      if (c.merge) merge_weights(lse, before[i], own, other);
+      if (lane % 4 == 0) c.lse[sum_at(i)] = lse;
+      const float scale = l[i] > 0 ? own / l[i] : 0;
+      float* to = c.o + token(i) * c.o_row + query_head(i) * c.o_head + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < D_v / 8; ++n) {
+        float2 y{o[4 * n + 2 * i] * scale, o[4 * n + 2 * i + 1] * scale};
+        if (other > 0) {
+          const float2 old = *reinterpret_cast<const float2*>(to + n * 8);
+          y.x += other * old.x, y.y += other * old.y;
+        }
+        *reinterpret_cast<float2*>(to + n * 8) = y;
+      }
+    }
+  }
+
+ private:
+  // Of this thread's row i.
+  __device__ int of_span(int i) const { return w.first + row + 8 * i; }
+  __device__ bool there(int i) const { return of_span(i) < w.rows; }
+  __device__ int64_t token(int i) const { return int64_t(w.span.start) + of_span(i) / w.group; }
+  __device__ int query_head(int i) const { return w.head * w.group + of_span(i) % w.group; }
+  __device__ int64_t sum_at(int i) const { return token(i) * c.lse_row + query_head(i) * c.lse_head; }
+};
+
+template <int D_k, int D_v>
+__global__ void __launch_bounds__(threads, 1)
+    tiles_kernel(const __grid_constant__ AttentionCall c, const __grid_constant__ CUtensorMap map, TileGrid grid) {
+  using S = TileShape<D_k, D_v>;
+  constexpr TileMemory<S> memory{};
+  if (threadIdx.x == 256) {
+    if (shared_address(tiles_memory) % 1024 != 0) __trap();  // swizzles count from there
+    prefetch_map(&map);
+    TileBarriers& b = memory.barriers();
+    for (int i = 0; i < stages; ++i) {
+      barrier_init(&b.k_full[i], 1), barrier_init(&b.v_full[i], 1);
+      barrier_init(&b.k_empty[i], 8), barrier_init(&b.v_empty[i], 8);
+    }
+    barrier_init_done();
+  }
+  __syncthreads();
+  begin_kernel();
+  const TileWork w(c, grid);
+  if (w.first >= w.rows) return;
+  const int group = __shfl_sync(~0u, int(threadIdx.x) / 128, 0);
+  if (group == 2) {
+    give_registers<40>();
+    if (threadIdx.x == 256) load_tiles<S, D_k, D_v>(c, &map, w, grid.box_rows);
+  } else {
+    take_registers<232>();
+    TileGroup<D_k, D_v> g(c, w, group);
+    float o[S::o_registers];
+#pragma unroll
+    for (float& x : o) x = 0;
+    g.load_queries();
+    g.run(o);
+    g.store(o);
+  }
 }
+
+bool in_one_page(const AttentionCall& c) { return !c.spans.spans && c.one.kv_count <= c.page_tokens; }
 
 template <int D_k, int D_v>
 void run(const AttentionCall& c, cudaStream_t stream) {
+  constexpr int64_t section_bytes = 20 << 20;  // of the second-level cache's 50 MB
+  const KvFormat format{{c.format.heads, D_k, D_v, false}, DType::bf16};
   const int rows = c.spans.most_queries * (c.n_h / c.format.heads);
-  launch(tiles_kernel<D_k, D_v>, dim3(unsigned(ceil_div(rows, block_rows)), unsigned(c.format.heads), unsigned(c.spans.count)), threads,
-         TileShape<D_k, D_v>::shared_bytes, stream, c);
+  const int64_t head_bytes = int64_t(c.spans.spans ? c.page_tokens : c.one.kv_count) * (D_k + D_v) * 2;
+  TileGrid grid{};
+  grid.blocks = int(ceil_div(rows, block_rows));
+  grid.section = int(std::clamp<int64_t>(section_bytes / std::max<int64_t>(1, head_bytes), 1, c.format.heads));
+  grid.box_rows = in_one_page(c) ? tile : std::gcd(c.page_tokens, tile);
+  const CUtensorMap map = pages_map(c.base, format.layout.row(), c.page_tokens, format.row_bytes(), c.page_bytes, grid.box_rows);
+  launch(tiles_kernel<D_k, D_v>, dim3(unsigned(grid.blocks * c.format.heads), unsigned(c.spans.count)), threads,
+         TileShape<D_k, D_v>::shared_bytes, stream, c, map, grid);
 }
 
 struct Instance {
@@ -220,18 +355,23 @@ struct Instance {
 };
 constexpr Instance instances[] = {{192, 128, run<192, 128>}, {128, 128, run<128, 128>}, {64, 64, run<64, 64>}, {96, 64, run<96, 64>}};
 
-}  // namespace
-
-bool attend_tiles_takes(const KvFormat& f) {
-  if (f.type != DType::bf16 || f.layout.v_in_k) return false;
-  return std::any_of(std::begin(instances), std::end(instances),
-                     [&](const Instance& i) { return i.d_k == f.layout.d_k && i.d_v == f.layout.d_v; });
+const Instance* find(const AttentionCall& c) {
+  const RowFormat& f = c.format;
+  const bool pieces = in_one_page(c) || c.page_tokens % 8 == 0;                                    // of tiles begin where swizzled rows do
+  const bool aligned = (reinterpret_cast<uintptr_t>(c.base) | uintptr_t(c.page_bytes)) % 16 == 0;  // for the copy engine
+  const bool pairs = (c.q_row | c.q_head | c.o_row | c.o_head) % 2 == 0;
+  if (f.type != DType::bf16 || f.v_in_k || !pieces || !aligned || !pairs) return nullptr;
+  for (const Instance& i : instances)
+    if (i.d_k == f.d_k && i.d_v == f.d_v) return &i;
+  return nullptr;
 }
 
-void attend_tiles(const AttentionCall& c, cudaStream_t stream) {
-  for (const Instance& i : instances)
-    if (i.d_k == c.format.d_k && i.d_v == c.format.d_v) return i.run(c, stream);
-  require(false, "attention of heads this wide by tensor cores");
+}  // namespace
+
+bool attend_tiles(const AttentionCall& c, cudaStream_t stream) {
+  const Instance* instance = find(c);
+  if (instance) instance->run(c, stream);
+  return instance;
 }
 
 }  // namespace mla::cuda

@@ -32,10 +32,14 @@ CUtensorMap encode(const void* base, std::array<cuuint64_t, 3> size, std::array<
 
 }  // namespace
 
-CUtensorMap cache_map(const Kv& kv) {
+CUtensorMap pages_map(const void* base, int64_t columns, int page_tokens, int64_t row_bytes, int64_t page_bytes, int box_rows) {
   // The number of pages bounds nothing here: page numbers come from the cache itself.
-  return encode(kv.base, {cuuint64_t(kv.format.layout.d_k), cuuint64_t(kv.page_tokens), cuuint64_t(1) << 31},
-                {cuuint64_t(kv.format.row_bytes()), cuuint64_t(kv.page_bytes)}, 64);
+  return encode(base, {cuuint64_t(columns), cuuint64_t(page_tokens), cuuint64_t(1) << 31}, {cuuint64_t(row_bytes), cuuint64_t(page_bytes)},
+                cuuint32_t(box_rows));
+}
+
+CUtensorMap cache_map(const Kv& kv) {
+  return pages_map(kv.base, kv.format.layout.d_k, kv.page_tokens, kv.format.row_bytes(), kv.page_bytes, 64);
 }
 
 CUtensorMap query_map(const void* q, int64_t rows, int columns) {

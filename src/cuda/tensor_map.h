@@ -7,7 +7,9 @@
 
 namespace mla::cuda {
 
-// The pages of a bf16 cache, [page, token, column], in boxes of 64 tokens.
+// Pages of rows, [page, token, column], in boxes of `box_rows`; distances in bytes.
+CUtensorMap pages_map(const void* base, int64_t columns, int page_tokens, int64_t row_bytes, int64_t page_bytes, int box_rows);
+// The pages of a bf16 cache of latents, in boxes of 64 tokens.
 CUtensorMap cache_map(const Kv& kv);
 // Queries, [row, column], in boxes of 16 rows.
 CUtensorMap query_map(const void* q, int64_t rows, int columns);
