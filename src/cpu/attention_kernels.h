@@ -2,6 +2,9 @@
 #pragma once
 
 #include "cpu/attention_i16_kernels.h"
+#if defined(__AMX_BF16__)
+#include "cpu/attention_amx_kernels.h"
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -12,6 +15,9 @@ namespace {
 inline void attend_lanes(const AttentionUnit& u) {
   const bool narrow = u.kv->format.type != DType::f32;
   const int widest = std::max(u.kv->format.layout.d_k, u.kv->format.layout.d_v);
+#if defined(__AMX_BF16__)
+  if (narrow && fits_tiles(u.kv->format.layout)) return attend_lanes_amx(u);
+#endif
   if (isa_has_bf16 && narrow)
     attend_lanes_in<InBf16>(u);
   else if (isa_has_i16 && narrow && widest <= most_chunks * code_chunk)

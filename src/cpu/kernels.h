@@ -91,5 +91,6 @@ const Kernels& kernels_plain();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const Kernels& kernels_avx512_bf16();
+const Kernels& kernels_avx512_amx();
 
 }  // namespace mla

@@ -3,6 +3,9 @@
 
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
+#if defined(__AMX_BF16__)
+#include "cpu/amx.h"
+#endif
 
 namespace mla {
 namespace {
@@ -59,11 +62,21 @@ double int8_ops(int64_t rounds) {
   return double(rounds) * 16 * chains * 64 * 2;
 }
 
+#if defined(__AMX_BF16__)
+double bf16_ops(int64_t rounds) {
+  const WholeTiles tiles;
+  zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>(), zero_tile<4>(), zero_tile<5>(), zero_tile<6>(), zero_tile<7>();
+  for (int64_t r = 0; r < 2 * rounds; ++r)
+    dot_tiles_bf16<0, 4, 6>(), dot_tiles_bf16<1, 4, 7>(), dot_tiles_bf16<2, 5, 6>(), dot_tiles_bf16<3, 5, 7>();
+  return double(2 * rounds) * 4 * 16 * 16 * 32 * 2;
+}
+#else
 double bf16_ops(int64_t rounds) {
   const bf16x32 a = to_bf16x32(splat(1.0f), splat(unknown(0.5f))), b = to_bf16x32(splat(unknown(0.25f)), splat(1.0f));
   keep(sum(run_chains(rounds, start_f32, [&](f32x16 x) { return dot_bf16(x, a, b); })));
   return double(rounds) * 16 * chains * 32 * 2;
 }
+#endif
 
 double f32_ops(int64_t rounds) {
   const f32x16 a = splat(unknown(0.999f)), b = splat(unknown(0.5f));

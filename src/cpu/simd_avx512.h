@@ -25,7 +25,7 @@ struct i16x32 {
   __m512i v;
 };
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // processors with tiles run dots of bf16 vectors at half the rate of f32
 constexpr bool isa_has_bf16 = true;
 #else
 constexpr bool isa_has_bf16 = false;

@@ -1,0 +1,11 @@
+// The kernels for AVX-512 with VNNI, and attention on the tiles of AMX, as in Sapphire Rapids.
+#include "cpu/leaf.h"
+
+namespace mla {
+
+const Kernels& kernels_avx512_amx() {
+  static constexpr Kernels table = make_kernels("avx512_amx");
+  return table;
+}
+
+}  // namespace mla
