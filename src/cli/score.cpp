@@ -17,11 +17,16 @@ double log_sum(std::span<const float> logits) {
   return std::log(sum) + best;
 }
 
-double divergence(std::span<const float> p, std::span<const float> q) {
-  const double p_log = log_sum(p), q_log = log_sum(q);
-  double sum = 0;
-  for (size_t i = 0; i < p.size(); ++i) sum += std::exp(double(p[i]) - p_log) * (double(p[i]) - p_log - double(q[i]) + q_log);
-  return sum;
+// Both models' −log p(next) and their divergence Σ p (log p − log q), for which each exponential is taken once.
+Comparison compare(std::span<const float> p, std::span<const float> q, int32_t next) {
+  const float best = *std::max_element(p.begin(), p.end());
+  double sum = 0, apart = 0;
+  for (size_t i = 0; i < p.size(); ++i) {
+    const double e = std::exp(double(p[i]) - best);
+    sum += e, apart += e * (double(p[i]) - double(q[i]));
+  }
+  const double p_log = std::log(sum) + best, q_log = log_sum(q);
+  return {p_log - double(p[size_t(next)]), q_log - double(q[size_t(next)]), apart / sum - p_log + q_log, 1};
 }
 
 }  // namespace
@@ -50,8 +55,7 @@ Comparison compare_models(Model& before, Model& after, std::span<const int32_t> 
       std::vector<Comparison> each(static_cast<size_t>(scored));
       before.device().threads().parallel(scored, [&](int64_t i, int) {
         const std::span<const float> p(a.f32() + i * a.stride[0], vocab), q(b.f32() + i * b.stride[0], vocab);
-        const int32_t next = text[size_t(at + i + 1)];
-        each[size_t(i)] = {negative_log_likelihood(p, next), negative_log_likelihood(q, next), divergence(p, q), 1};
+        each[size_t(i)] = compare(p, q, text[size_t(at + i + 1)]);
       });
       for (const Comparison& one : each)
         out.nll_before += one.nll_before, out.nll_after += one.nll_after, out.kl += one.kl, out.scored += one.scored;
