@@ -149,7 +149,8 @@ class CalibrationSums {
     original.attention_inputs(x, inputs_);
     const int64_t n = x.shape[0], D = shape_.hidden;
     sums_.add(inputs_.data(), n);
-    for (int64_t i = 0; i < n * D; ++i) mean_[size_t(i % D)] += double(inputs_[size_t(i)]);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < D; ++j) mean_[size_t(j)] += double(inputs_[size_t(i * D + j)]);
     rows_ += n;
     if (o_.layer.constant != Constant::one && windows_ < o_.constant_windows) add_distances(original, run, n);
   }
@@ -388,7 +389,8 @@ class Converter {
   // What W x should be: the target stream less ours and the bias, which is left in `target`.
   static void add_targets(Sums& sums, const float* x, const Tensor& target, const Tensor& ours, const Tensor& bias) {
     const int64_t D = target.shape[1];
-    for (int64_t i = 0; i < target.count(); ++i) target.f32()[i] -= ours.f32()[i] + (bias.data ? bias.f32()[i % D] : 0.0F);
+    for (int64_t i = 0; i < target.count(); ++i) target.f32()[i] -= ours.f32()[i];
+    for (int64_t i = 0; bias.data && i < target.count(); ++i) target.f32()[i] -= bias.f32()[i % D];
     sums.add(x, target.shape[0]);
     sums.add_cross(x, target.f32(), target.shape[0]);
   }
