@@ -85,9 +85,9 @@ std::string CpuDevice::describe() const {
 }
 
 Ceilings CpuDevice::probe(double seconds) {
-  // Larger than the last cache, so that what one pass leaves there is of no use to the next, and no burden on the machine's memory.
+  // Larger than the last cache (300 MB on some servers), so that what one pass leaves there is of no use to the next.
   const int64_t cache = std::max<int64_t>(0, sysconf(_SC_LEVEL3_CACHE_SIZE));
-  const int64_t bytes = std::clamp<int64_t>(4 * cache, int64_t(64) << 20, int64_t(256) << 20), piece = 1 << 18;
+  const int64_t bytes = std::clamp<int64_t>(4 * cache, int64_t(64) << 20, int64_t(1) << 30), piece = 1 << 18;
   const Buffer buffer{size_t(bytes)};
   share_out(threads_, bytes / piece, [&](int64_t i, int) { std::fill_n(buffer.data() + i * piece, piece, std::byte(1)); });
   Ceilings c;
