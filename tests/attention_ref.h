@@ -32,8 +32,10 @@ inline std::vector<double> decode_row(const KvFormat& format, const std::byte* r
     int64_t code = 0, kept = 0, scale = 0, element = 0;
     auto quantised = [&](int n) {
       for (int i = 0; i < n; ++i) {
-        if (i > 0 && i % KvFormat::group == 0) ++scale;
-        x[element++] = double(at(code++, int8_t())) * at(format.scale_offset() + 4 * scale, 0.0f);
+        if (i > 0 && i % format.group() == 0) ++scale;
+        const double x_code = format.type == DType::f8 ? double(f8_to_f32(at(code, uint8_t()))) : at(code, int8_t());
+        ++code;
+        x[element++] = x_code * at(format.scale_offset() + 4 * scale, 0.0f);
       }
       ++scale;
     };

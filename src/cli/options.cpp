@@ -30,8 +30,9 @@ std::unique_ptr<Device> MachineOptions::open() const {
 
 DType parse_kv_type(const std::string& name) {
   const auto type = parse_dtype(name);
-  if (type && (*type == DType::bf16 || *type == DType::f16 || *type == DType::f32 || *type == DType::i8)) return *type;
-  fail_input("--kv-type is \"{}\"; give bf16, f16, f32 or i8", name);
+  if (type && (*type == DType::bf16 || *type == DType::f16 || *type == DType::f32 || *type == DType::i8 || *type == DType::f8))
+    return *type;
+  fail_input("--kv-type is \"{}\"; give bf16, f16, f32, i8 or fp8", name);
 }
 
 DType ModelOptions::kv_type() const { return parse_kv_type(kv_type_name); }
@@ -61,7 +62,7 @@ void add_machine_options(CLI::App& command, MachineOptions& options) {
 }
 
 void add_kv_type(CLI::App& command, std::string& name) {
-  command.add_option("--kv-type", name, "type of the cache's rows: bf16, f16, f32 or i8 (default: bf16)")
+  command.add_option("--kv-type", name, "type of the cache's rows: bf16, f16, f32, i8 or fp8 (default: bf16)")
       ->option_text("TYPE")
       ->group("machine");
 }

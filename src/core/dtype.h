@@ -8,7 +8,7 @@
 
 namespace mla {
 
-enum class DType : uint8_t { f32, f16, bf16, i8, i32, i64, u8, q8_0, q4_0, q4_1, q4_k, q5_k, q6_k };
+enum class DType : uint8_t { f32, f16, bf16, i8, f8, i32, i64, u8, q8_0, q4_0, q4_1, q4_k, q5_k, q6_k };
 
 struct DTypeInfo {
   std::string_view name;  // as --type spells it
@@ -22,6 +22,7 @@ constexpr DTypeInfo info(DType type) {
     case DType::f16: return {"f16", 1, 2};
     case DType::bf16: return {"bf16", 1, 2};
     case DType::i8: return {"i8", 1, 1};
+    case DType::f8: return {"fp8", 1, 1};  // e4m3: a sign, 4 bits of exponent, 3 of fraction; up to 448, no infinities
     case DType::i32: return {"i32", 1, 4};
     case DType::i64: return {"i64", 1, 8};
     case DType::u8: return {"u8", 1, 1};
@@ -53,5 +54,15 @@ inline uint16_t f32_to_bf16(float x) {
 
 float f16_to_f32(uint16_t x);
 uint16_t f32_to_f16(float x);
+
+inline float f8_to_f32(uint8_t x) {
+  const float magnitude = std::bit_cast<float>(uint32_t(x & 0x7f) << 20) * 0x1p120f;
+  const uint32_t none = (x & 0x7f) == 0x7f ? 0x7fc00000u : 0;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(magnitude) | none | uint32_t(x & 0x80) << 24);
+}
+// Round to nearest even; what is too large becomes ±448, NaN stays NaN.
+uint8_t f32_to_f8(float x);
+// What numbers of at most this magnitude are divided by before: the least power of two, at most 2^7, that leaves 448 or less; 0 for zeros.
+float f8_scale(float most);
 
 }  // namespace mla

@@ -62,14 +62,14 @@ inline void write_i16_of_bf16(const uint16_t* p, int64_t n, int16_t* code, float
 
 // Of the codes of an i8 cache, whose groups have their largest magnitude at 127. n is a multiple of code_chunk.
 inline void write_i16_of_i8(const int8_t* p, const float* group, int64_t n, int16_t* code, float* scale) {
-  constexpr int groups = code_chunk / KvFormat::group;
+  constexpr int groups = code_chunk / KvFormat::i8_group;
   for (int64_t from = 0; from < n; from += code_chunk, ++scale, group += groups) {
     float most = 0, total = 0;
     for (int g = 0; g < groups; ++g) most = group[g] > most ? group[g] : most, total += group[g];
     const CodeScale by(127 * most + 0 * total);
     *scale = by.scale;
     for (int i = 0; i < code_chunk; i += 16)
-      store_i16(code + from + i, to_i32(load_i8(p + from + i) * splat(group[i / KvFormat::group] * by.inverse)));
+      store_i16(code + from + i, to_i32(load_i8(p + from + i) * splat(group[i / KvFormat::i8_group] * by.inverse)));
   }
 }
 
@@ -90,9 +90,10 @@ inline void write_i16(const float* p, int64_t n, int16_t* code, float* scale) {
 // A head's key; room: for one in f32.
 inline void write_key(const KvFormat& f, const std::byte* row, int head, float* room, int16_t* code, float* scale) {
   const KvLayout& l = f.layout;
-  if (f.type != DType::i8) return write_i16(f.type, row + row_bytes(f.type, int64_t(head) * l.d_k), l.d_k, code, scale);
-  if (!l.v_in_k || l.d_v % code_chunk != 0) return read_key<true>(f, row, head, room), write_i16(room, l.d_k, code, scale);
-  const auto* group = reinterpret_cast<const float*>(row + f.scale_offset()) + head * groups_of(l.d_v);
+  if (!f.coded()) return write_i16(f.type, row + row_bytes(f.type, int64_t(head) * l.d_k), l.d_k, code, scale);
+  if (f.type != DType::i8 || !l.v_in_k || l.d_v % code_chunk != 0)
+    return read_key<true>(f, row, head, room), write_i16(room, l.d_k, code, scale);
+  const auto* group = reinterpret_cast<const float*>(row + f.scale_offset()) + head * f.groups(l.d_v);
   const int rotary = l.d_k - l.d_v;
   write_i16_of_i8(reinterpret_cast<const int8_t*>(row) + int64_t(head) * l.d_v, group, l.d_v, code, scale);
   write_i16(DType::bf16, row + f.kept_offset() + 2 * int64_t(head) * rotary, rotary, code + l.d_v, scale + chunks_of(l.d_v));
@@ -102,7 +103,7 @@ inline void write_key(const KvFormat& f, const std::byte* row, int head, float* 
 inline void write_value(const KvFormat& f, const std::byte* row, int head, float* room, int16_t* code, float* scale) {
   const KvLayout& l = f.layout;
   const int64_t first = int64_t(l.heads) * l.d_k + int64_t(head) * l.d_v;
-  if (f.type != DType::i8) return write_i16(f.type, row + row_bytes(f.type, first), l.d_v, code, scale);
+  if (!f.coded()) return write_i16(f.type, row + row_bytes(f.type, first), l.d_v, code, scale);
   read_value<true>(f, row, head, room);
   write_i16(room, l.d_v, code, scale);
 }
@@ -124,7 +125,7 @@ struct CodeTile {
 inline void load_codes(const AttentionUnit& u, int from, int n, int next, float* room, int16_t* values, CodeTile& tile) {
   const KvFormat& f = u.kv->format;
   const KvLayout& l = f.layout;
-  const bool plain = f.type != DType::i8;
+  const bool plain = !f.coded();
   const std::byte *row[attention_tile], *ahead[attention_tile];
   find_rows(*u.kv, *u.span, from, n, row);
   find_rows(*u.kv, *u.span, from + n, next, ahead);

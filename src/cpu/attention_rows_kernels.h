@@ -60,15 +60,14 @@ inline bool lies_as(const KvFormat& f) {
 }
 [[gnu::always_inline]] inline void prefetch_key(const KvFormat& f, const std::byte* row, int head) {
   const KvLayout& l = f.layout;
-  if (f.type != DType::i8) return prefetch_bytes(row + row_bytes(f.type, int64_t(head) * l.d_k), row_bytes(f.type, l.d_k));
+  if (!f.coded()) return prefetch_bytes(row + row_bytes(f.type, int64_t(head) * l.d_k), row_bytes(f.type, l.d_k));
   if (l.v_in_k) return prefetch_bytes(row, f.row_bytes());
   prefetch_bytes(row + int64_t(head) * l.d_k, l.d_k);
 }
 [[gnu::always_inline]] inline void prefetch_value(const KvFormat& f, const std::byte* row, int head) {
   const KvLayout& l = f.layout;
   const int64_t first = int64_t(l.heads) * l.d_k + int64_t(head) * l.d_v;
-  prefetch_bytes(row + (f.type == DType::i8 ? first : row_bytes(f.type, first)),
-                 row_bytes(f.type == DType::i8 ? DType::i8 : f.type, l.d_v));
+  prefetch_bytes(row + row_bytes(f.type, first), row_bytes(f.type, l.d_v));
 }
 
 inline f32x16 load_some(const float* p) { return load(p); }

@@ -23,20 +23,26 @@ __device__ void write_plain(DType type, std::byte* row, int e, float x) {
     reinterpret_cast<__nv_bfloat16*>(row)[e] = __float2bfloat16(x);
 }
 
-// A row of i8: each group of up to 64 elements by a warp. x(e) gives element e.
+// f8_scale of core/dtype.h.
+__device__ float f8_unit(float most) { return fminf(__uint_as_float((__float_as_uint(most / 448) + 0x7fffff) & 0x7f800000), 0x1p7f); }
+
+// A row of codes: each group of elements by a warp. x(e) gives element e.
 template <class Element>
-__device__ void write_i8(const RowFormat& f, std::byte* row, Element x) {
+__device__ void write_codes(const RowFormat& f, std::byte* row, Element x) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32;
   // A key or value of `length` elements at a time, its groups shared out.
   auto quantise = [&](int first, int length, int code, int scale) {
-    for (int g = warp; g * KvFormat::group < length; g += warps) {
-      const int from = g * KvFormat::group, n = min(KvFormat::group, length - from);
+    for (int g = warp; g * f.group < length; g += warps) {
+      const int from = g * f.group, n = min(f.group, length - from);
       float most = 0;
       for (int i = lane; i < n; i += 32) most = fmaxf(most, fabsf(x(first + from + i)));
       for (int step = 16; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-      const float unit = most / 127, inverse = unit > 0 ? 1 / unit : 0;
-      for (int i = lane; i < n; i += 32)
-        reinterpret_cast<int8_t*>(row)[code + from + i] = int8_t(max(-127, min(127, __float2int_rn(x(first + from + i) * inverse))));
+      const float unit = f.type == DType::f8 ? f8_unit(most) : most / 127, inverse = unit > 0 ? 1 / unit : 0;
+      for (int i = lane; i < n; i += 32) {
+        const float y = x(first + from + i) * inverse;
+        reinterpret_cast<uint8_t*>(row)[code + from + i] =
+            f.type == DType::f8 ? __nv_cvt_float_to_fp8(y, __NV_SATFINITE, __NV_E4M3) : uint8_t(max(-127, min(127, __float2int_rn(y))));
+      }
       if (lane == 0) reinterpret_cast<float*>(row + f.scale_offset)[scale + g] = unit;
     }
   };
@@ -55,7 +61,7 @@ __global__ void store_kernel(const float* rows, int64_t stride, const int64_t* s
   const int64_t slot = slots[blockIdx.x];
   const float* from = rows + blockIdx.x * stride;
   std::byte* to = pages.base + slot / pages.page_tokens * pages.page_bytes + slot % pages.page_tokens * f.row_bytes;
-  if (f.type == DType::i8) return write_i8(f, to, [from](int e) { return from[e]; });
+  if (f.coded()) return write_codes(f, to, [from](int e) { return from[e]; });
   for (int e = int(threadIdx.x); e < f.row; e += int(blockDim.x)) write_plain(f.type, to, e, from[e]);
 }
 
@@ -136,7 +142,7 @@ void CudaDevice::store_latents(Tensor rows, Tensor norm, float eps, Tensor cos_s
   const int64_t n = rows.shape[0], d_c = norm.count(), d_R = rows.shape[1] - d_c;
   require(n == int64_t(slots.size()) && d_R >= 0 && d_R % 2 == 0 && cos_sin.count() == n * d_R && cos_sin.contiguous(), "these latents",
           rows, cos_sin);
-  if (kv.format.type == DType::i8 || !rows.contiguous()) return Device::store_latents(rows, norm, eps, cos_sin, interleaved, slots, kv);
+  if (kv.format.coded() || !rows.contiguous()) return Device::store_latents(rows, norm, eps, cos_sin, interleaved, slots, kv);
   if (n == 0) return;
   ArenaScope scope(scratch_);
   launch(latents_kernel, unsigned(n), 256, 0, stream_, rows.f32(), norm.f32(), eps, int(d_c), cos_sin.f32(), interleaved, on_gpu(slots),
@@ -159,7 +165,7 @@ void CudaDevice::store_expanded(Tensor kv, Tensor rotary, const Kv& to) {
   const KvLayout& l = to.format.layout;
   const int64_t n = kv.shape[0], d_R = rotary.shape[1], d_h = l.d_k - d_R;
   require(!l.v_in_k && kv.rank == 3 && kv.shape[1] == l.heads && kv.shape[2] == d_h + l.d_v && kv.contiguous() && rotary.rank == 2 &&
-              rotary.shape[0] == n && rotary.stride[1] == 1 && n <= to.page_tokens && to.format.type != DType::i8,
+              rotary.shape[0] == n && rotary.stride[1] == 1 && n <= to.page_tokens && !to.format.coded(),
           "expanded rows", kv, rotary);
   launch(expanded_kernel, dim3(unsigned(n), unsigned(ceil_div(l.heads, 8))), dim3(32, 8), 0, stream_, kv.f32(), rotary.f32(),
          rotary.stride[0], int(d_R), RowFormat(to.format), Pages{to.base, to.page_bytes, to.page_tokens});

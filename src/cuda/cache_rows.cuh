@@ -5,6 +5,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 namespace mla::cuda {
 
@@ -14,7 +15,7 @@ struct RowFormat {
   int row, row_bytes;   // elements, bytes
   int heads, d_k, d_v;  // of the layout
   bool v_in_k;
-  int kept_offset, scale_offset, scales_a_key, scales_a_value;
+  int group, kept_offset, scale_offset, scales_a_key, scales_a_value;  // of codes
 
   RowFormat() = default;
   explicit RowFormat(const KvFormat& f)
@@ -25,28 +26,29 @@ struct RowFormat {
         d_k(f.layout.d_k),
         d_v(f.layout.d_v),
         v_in_k(f.layout.v_in_k),
+        group(f.group()),
         kept_offset(int(f.kept_offset())),
         scale_offset(int(f.scale_offset())),
-        scales_a_key(((f.layout.v_in_k ? f.layout.d_v : f.layout.d_k) + KvFormat::group - 1) / KvFormat::group),
-        scales_a_value((f.layout.d_v + KvFormat::group - 1) / KvFormat::group) {}
+        scales_a_key(int(f.groups(f.layout.v_in_k ? f.layout.d_v : f.layout.d_k))),
+        scales_a_value(int(f.groups(f.layout.d_v))) {}
 
-  // Where element e of an i8 row is: its code's or kept element's index, and its scale's, -1 if it is kept.
-  __device__ void place(int e, int& index, int& scale, int& in_group) const {
+  __device__ bool coded() const { return type == DType::i8 || type == DType::f8; }
+  // Where element e of a row of codes is: its code's or kept element's index, and its scale's, -1 if it is kept.
+  __device__ void place(int e, int& index, int& scale) const {
     if (v_in_k) {
       const int head = e / d_k, i = e % d_k;
-      in_group = i % KvFormat::group;
       index = i < d_v ? head * d_v + i : head * (d_k - d_v) + i - d_v;
-      scale = i < d_v ? head * scales_a_key + i / KvFormat::group : -1;
+      scale = i < d_v ? head * scales_a_key + i / group : -1;
       return;
     }
     const int keys = heads * d_k;
     index = e;
     const int i = e < keys ? e % d_k : (e - keys) % d_v;
-    in_group = i % KvFormat::group;
-    scale = e < keys ? e / d_k * scales_a_key + i / KvFormat::group
-                     : heads * scales_a_key + (e - keys) / d_v * scales_a_value + i / KvFormat::group;
+    scale = e < keys ? e / d_k * scales_a_key + i / group : heads * scales_a_key + (e - keys) / d_v * scales_a_value + i / group;
   }
 };
+
+__device__ inline float read_f8(uint8_t code) { return __half2float(__half(__nv_cvt_fp8_to_halfraw(code, __NV_E4M3))); }
 
 __device__ inline float read_element(const RowFormat& f, const std::byte* row, int e) {
   switch (f.type) {
@@ -55,10 +57,11 @@ __device__ inline float read_element(const RowFormat& f, const std::byte* row, i
     case DType::bf16: return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(row)[e]);
     default: break;
   }
-  int index, scale, in_group;
-  f.place(e, index, scale, in_group);
+  int index, scale;
+  f.place(e, index, scale);
   if (scale < 0) return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(row + f.kept_offset)[index]);
-  return float(reinterpret_cast<const int8_t*>(row)[index]) * reinterpret_cast<const float*>(row + f.scale_offset)[scale];
+  const auto code = reinterpret_cast<const uint8_t*>(row)[index];
+  return (f.type == DType::f8 ? read_f8(code) : float(int8_t(code))) * reinterpret_cast<const float*>(row + f.scale_offset)[scale];
 }
 
 }  // namespace mla::cuda

@@ -32,29 +32,34 @@ static_assert(KvLayout::gqa(8, 128).row() == 2 * 8 * 128);
 static_assert(KvLayout::mqa(128).row() == 2 * 128);
 static_assert(KvLayout::mla(512, 64).row() == 512 + 64 && 2 * KvLayout::mla(512, 64).row() == 9 * 128);
 
-// How the elements of a row are stored: f32, f16, bf16, or i8. With i8, a row is
-//   [i8 codes of the quantised elements][bf16 of the kept elements][f32 scales], padded to a multiple of 4 bytes,
-// where MLA quantises the latent and keeps the rotary part, and the others quantise all of K and V. A scale serves a group of 64
-// consecutive elements of one head's key or value (the last group of a head may be shorter): x ≈ code × scale, scale = max|x| / 127.
+// How the elements of a row are stored: f32, f16, bf16, or as codes, i8 or f8 (e4m3). With codes, a row is
+//   [codes of the quantised elements][bf16 of the kept elements][f32 scales], padded to a multiple of 4 bytes,
+// where MLA quantises the latent and keeps the rotary part, and the others quantise all of K and V. A scale serves a group of
+// consecutive elements of one head's key or value (the last group of a head may be shorter): x ≈ code × scale.
+//   i8: groups of 64, scale = max|x| / 127.
+//   f8: groups of 128; the scale is the least power of two, at most 2^7, that takes max|x| to 448 or less. bf16 holds every x exactly.
 struct KvFormat {
   KvLayout layout;
-  DType type;  // f32, f16, bf16 or i8
+  DType type;  // f32, f16, bf16, i8 or f8
 
-  static constexpr int group = 64;
+  static constexpr int i8_group = 64, f8_group = 128;
 
-  constexpr int64_t quantised() const { return type != DType::i8 ? 0 : layout.v_in_k ? int64_t(layout.heads) * layout.d_v : layout.row(); }
+  constexpr bool coded() const { return type == DType::i8 || type == DType::f8; }
+  constexpr int group() const { return type == DType::f8 ? f8_group : i8_group; }
+  constexpr int64_t groups(int64_t n) const { return (n + group() - 1) / group(); }
+  constexpr int64_t quantised() const { return !coded() ? 0 : layout.v_in_k ? int64_t(layout.heads) * layout.d_v : layout.row(); }
   constexpr int64_t kept() const { return layout.row() - quantised(); }
   // Scales of one row. Keys come first, head by head, then values; in MLA there is the latent alone.
   constexpr int64_t scales() const {
-    if (type != DType::i8) return 0;
-    auto groups = [](int64_t n) { return (n + group - 1) / group; };
+    if (!coded()) return 0;
     return layout.v_in_k ? layout.heads * groups(layout.d_v) : layout.heads * (groups(layout.d_k) + groups(layout.d_v));
   }
-  constexpr int64_t kept_offset() const { return (quantised() + 3) / 4 * 4; }                  // bytes; i8 only
-  constexpr int64_t scale_offset() const { return (kept_offset() + 2 * kept() + 3) / 4 * 4; }  // bytes; i8 only
-  constexpr int64_t row_bytes() const { return type == DType::i8 ? scale_offset() + 4 * scales() : mla::row_bytes(type, layout.row()); }
+  constexpr int64_t kept_offset() const { return (quantised() + 3) / 4 * 4; }                  // bytes; of codes only
+  constexpr int64_t scale_offset() const { return (kept_offset() + 2 * kept() + 3) / 4 * 4; }  // bytes; of codes only
+  constexpr int64_t row_bytes() const { return coded() ? scale_offset() + 4 * scales() : mla::row_bytes(type, layout.row()); }
 };
 static_assert(KvFormat{KvLayout::mla(512, 64), DType::i8}.row_bytes() == 512 + 2 * 64 + 4 * 8);
+static_assert(KvFormat{KvLayout::mla(512, 64), DType::f8}.row_bytes() == 512 + 2 * 64 + 4 * 4);
 static_assert(KvFormat{KvLayout::mla(512, 64), DType::bf16}.row_bytes() * 27 == 31104);  // V2-Lite, bytes per token
 
 // One layer's cache: pages of `page_tokens` rows. A contiguous sequence is one page of its length.

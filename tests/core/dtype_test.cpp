@@ -49,6 +49,42 @@ TEST(DType, halves_overflow_to_infinity) {
   EXPECT_EQ(f32_to_f16(std::numeric_limits<float>::infinity()), 0x7c00);
 }
 
+TEST(DType, every_f8_decodes_and_comes_back) {
+  for (int i = 0; i < 256; ++i) {
+    const int exponent = i >> 3 & 15, fraction = i & 7;
+    const double magnitude = exponent ? std::ldexp(8 + fraction, exponent - 10) : std::ldexp(fraction, -9);
+    const float value = f8_to_f32(uint8_t(i));
+    if ((i & 0x7f) == 0x7f) {
+      ASSERT_TRUE(std::isnan(value)) << i;
+      ASSERT_EQ(f32_to_f8(value), i);
+      continue;
+    }
+    ASSERT_EQ(double(value), i & 0x80 ? -magnitude : magnitude) << i;
+    ASSERT_EQ(f32_to_f8(value), i);
+  }
+}
+
+TEST(DType, f8_rounds_to_nearest_even_and_stops_at_its_largest) {
+  for (int x = 0; x < 0x7e; ++x) {
+    const float low = f8_to_f32(uint8_t(x)), high = f8_to_f32(uint8_t(x + 1)), middle = (low + high) / 2;
+    ASSERT_EQ(f32_to_f8(middle), x % 2 ? x + 1 : x) << x;
+    ASSERT_EQ(f32_to_f8(std::nextafter(middle, low)), x) << x;
+    ASSERT_EQ(f32_to_f8(std::nextafter(middle, high)), x + 1) << x;
+    ASSERT_EQ(f32_to_f8(-middle), (x % 2 ? x + 1 : x) | 0x80) << x;
+  }
+  EXPECT_EQ(f32_to_f8(449.0f), 0x7e);
+  EXPECT_EQ(f32_to_f8(-std::numeric_limits<float>::infinity()), 0xfe);
+}
+
+TEST(DType, f8_scales_are_the_least_powers_of_two_that_suffice) {
+  EXPECT_EQ(f8_scale(0), 0);
+  EXPECT_EQ(f8_scale(448), 1);
+  EXPECT_EQ(f8_scale(std::nextafter(448.0f, 449.0f)), 2);
+  EXPECT_EQ(f8_scale(1), 0x1p-8f);
+  EXPECT_EQ(f8_scale(1e-40f), 0x1p-126f);
+  EXPECT_EQ(f8_scale(1e30f), 0x1p7f);
+}
+
 TEST(DType, every_bf16_decodes_and_comes_back) {
   for (uint32_t i = 0; i < 65536; ++i) {
     const float value = bf16_to_f32(uint16_t(i));

@@ -34,7 +34,7 @@ struct Sequence {
 };
 
 void fill_nan(std::vector<std::byte>& bytes, const KvFormat& format) {
-  // A row of every type decodes to NaN: bf16, f16 and f32 read all ones as NaN, and in i8 rows so do the scales.
+  // A row of every type decodes to NaN: bf16, f16 and f32 read all ones as NaN, and so do the scales of codes.
   (void)format;
   std::fill(bytes.begin(), bytes.end(), std::byte(0xff));
 }
@@ -123,7 +123,7 @@ class EveryMachine : public testing::TestWithParam<Machine> {
 };
 INSTANTIATE_TEST_SUITE_P(Every, EveryMachine, testing::ValuesIn(machines()), [](const auto& info) { return info.param.name(); });
 
-constexpr DType types[] = {DType::f32, DType::f16, DType::bf16, DType::i8};
+constexpr DType types[] = {DType::f32, DType::f16, DType::bf16, DType::i8, DType::f8};
 
 struct Shape {
   const char* name;

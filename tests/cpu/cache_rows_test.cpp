@@ -11,7 +11,7 @@
 namespace mla {
 namespace {
 
-constexpr DType types[] = {DType::f32, DType::f16, DType::bf16, DType::i8};
+constexpr DType types[] = {DType::f32, DType::f16, DType::bf16, DType::i8, DType::f8};
 const KvLayout layouts[] = {KvLayout::mla(512, 64), KvLayout::mla(40, 8), KvLayout::gqa(3, 64), {2, 19, 25, false}, KvLayout::mha(5, 80)};
 
 class Rows : public testing::TestWithParam<Machine> {
@@ -35,10 +35,11 @@ double bound(const KvFormat& f, const float* row, int64_t e) {
   if (f.type == DType::bf16) return x * 0x1p-8;
   const int64_t keys = int64_t(l.heads) * l.d_k, d = e < keys ? e % l.d_k : (e - keys) % l.d_v;
   if (l.v_in_k && d >= l.d_v) return x * 0x1p-8;
-  const int64_t length = e < keys && !l.v_in_k ? l.d_k : l.d_v, first = e - d % KvFormat::group;
-  const int64_t group = std::min<int64_t>(KvFormat::group, length - (d - d % KvFormat::group));
+  const int64_t length = e < keys && !l.v_in_k ? l.d_k : l.d_v, first = e - d % f.group();
+  const int64_t group = std::min<int64_t>(f.group(), length - (d - d % f.group()));
   double most = 0;
   for (int64_t i = 0; i < group; ++i) most = std::max<double>(most, std::abs(row[first + i]));
+  if (f.type == DType::f8) return std::max(x * 0x1p-4, f8_scale(float(most)) * 0x1p-10);
   return most / 127 * 0.5001;
 }
 

@@ -41,7 +41,7 @@ TEST_P(Goldens, CacheTypes) {
     DType type;
     double median;
   };
-  for (const auto& [type, median] : {Case{DType::f16, 1.5e-3}, Case{DType::bf16, 1.5e-3}, Case{DType::i8, 3e-3}})
+  for (const auto& [type, median] : {Case{DType::f16, 1.5e-3}, Case{DType::bf16, 1.5e-3}, Case{DType::i8, 3e-3}, Case{DType::f8, 1.2e-2}})
     for (const MlaForm form : {MlaForm::absorbed, MlaForm::expanded})
       for (const size_t chunk : {1, 130}) {
         const Difference d = difference(run(model, golden, {.form = form, .kv = type, .chunk = chunk}), golden.logits);

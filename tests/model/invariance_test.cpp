@@ -66,7 +66,7 @@ TEST_P(Invariance, BatchOfManyIsBatchOfOne) {
 }
 
 TEST_P(Invariance, ForkedPrefixIsCold) {
-  for (const DType kv : {DType::f32, DType::bf16, DType::i8}) {
+  for (const DType kv : {DType::f32, DType::bf16, DType::i8, DType::f8}) {
     LatentCache cache = model.make_cache(1024, kv);
     const int first = cache.open();
     step(model, cache, first, ids(0, 70));
