@@ -9,6 +9,7 @@ namespace mla::cuda {
 namespace {
 
 constexpr int threads = 128, tile = 64, most_columns = 8;  // columns of the output a thread owns
+constexpr int most_context = 1 << 20;
 
 __global__ void __launch_bounds__(threads) portable_kernel(const __grid_constant__ AttentionCall c) {
   begin_kernel();
@@ -127,7 +128,8 @@ void CudaDevice::attend(Tensor q, const Kv& kv, Spans spans, Mask mask, float sc
 
   require(q.dtype == DType::f32, "attention of queries of this type", q);
   AttentionCall c{};
-  c.q = q.f32(), c.q_row = q.stride[0], c.q_head = q.stride[1], c.n_h = int(q.shape[1]);
+  c.n = q.shape[0], c.q = q.f32(), c.q_row = q.stride[0], c.q_head = q.stride[1], c.n_h = int(q.shape[1]),
+  c.processors = properties_.multiProcessorCount;
   c.base = kv.base, c.page_bytes = kv.page_bytes, c.page_tokens = kv.page_tokens, c.format = RowFormat(kv.format);
   c.causal = mask.causal, c.window = mask.window, c.scale = scale, c.merge = how == Attend::merge;
   c.o = o.f32(), c.o_row = o.stride[0], c.o_head = o.stride[1];
@@ -148,7 +150,11 @@ void CudaDevice::attend(Tensor q, const Kv& kv, Spans spans, Mask mask, float sc
       c.spans.pages = on_gpu(std::span<const int32_t>(pages));
     }
   }
-  if (!attend_tiles(c, stream_)) attend_portable(c, stream_);
+  // A step that repeats comes back with longer contexts.
+  for (const Span& s : spans) c.most_seen = std::max(c.most_seen, key_ ? most_context : s.kv_count);
+  if (!attend_tiles_takes(c)) return attend_portable(c, stream_);
+  const size_t bytes = attend_tiles_scratch_bytes(c);
+  attend_tiles(c, bytes > 0 ? scratch_.bytes(bytes) : nullptr, stream_);
 }
 
 }  // namespace mla::cuda

@@ -7,6 +7,7 @@
 namespace mla::cuda {
 
 struct AttentionCall {
+  int64_t n;
   const float* q;  // [n, n_h, d_k]; strides in elements
   int64_t q_row, q_head;
   const std::byte* base;
@@ -16,7 +17,8 @@ struct AttentionCall {
   SpanTable spans;  // its list is null for a single span, `one`, whose rows may be in a single page, `page`
   GpuSpan one;
   int32_t page;
-  int n_h;
+  int most_seen;        // rows of the cache that a span has at most, or more
+  int n_h, processors;  // multiprocessors of the GPU
   bool causal;
   int window;
   float scale;
@@ -24,13 +26,17 @@ struct AttentionCall {
   int64_t o_row, o_head;
   float* lse;  // [n, n_h]
   int64_t lse_row, lse_head;
+  int64_t split_o, split_lse;  // between results of splits of the context
   bool merge;
 };
 
 // By plain instructions: a block for each query and head.
 void attend_portable(const AttentionCall& call, cudaStream_t stream);
 
-// By Hopper's matrix units, for bf16 caches of separate keys and values in some widths of heads; false if it does not take the call.
-bool attend_tiles(const AttentionCall& call, cudaStream_t stream);
+// By Hopper's matrix units, for bf16 caches of separate keys and values in some widths of heads. Few queries with long contexts leave
+// partial results in `scratch`.
+bool attend_tiles_takes(const AttentionCall& call);
+size_t attend_tiles_scratch_bytes(const AttentionCall& call);
+void attend_tiles(const AttentionCall& call, void* scratch, cudaStream_t stream);
 
 }  // namespace mla::cuda

@@ -1,4 +1,4 @@
-// Prefill on Hopper: attention over separate keys and values with an online softmax. A block has 128 query rows of one cache head. One warp
+// Attention on Hopper over separate keys and values, with an online softmax. A block has 128 query rows of one cache head. One thread
 // copies tiles of 128 keys and values to shared memory; two warpgroups multiply, 64 rows each, and while one multiplies the other takes
 // exponentials. Scores never leave the registers.
 #include "cuda/attention_rows.cuh"
@@ -40,10 +40,11 @@ struct TileMemory {
   }
 };
 
-// How a launch is cut into blocks. Heads go in sections whose keys and values stay in the second-level cache together; within one the
-// longest blocks come first.
+// How a launch is cut into pieces. Heads go in sections whose keys and values stay in the second-level cache together; within one the
+// longest pieces come first.
 struct TileGrid {
   int blocks, section;  // blocks of rows of a head, heads of a section
+  int splits, pieces;   // of the context; of work in all
   int box_rows;         // rows that are neighbours in memory wherever a tile is cut
 };
 
@@ -58,35 +59,42 @@ __device__ float exp2_fast(float x) {
   return y;
 }
 
-// What a block computes: rows [first, first + 128) of (token, head of the group), against cache rows [begin, end) of one head.
+constexpr int fewest_split = 2;  // tiles that a split of the context has, unless it is empty
+
+// A piece of work: rows [first, first + 128) of (token, head of the group), against cache rows [begin, end) of one head.
 struct TileWork {
   GpuSpan span;
-  int group, rows, first, head, begin, end;
+  int group, rows, first, head, begin, end, split;
 
-  __device__ TileWork(const AttentionCall& c, const TileGrid& g) {
-    const int section = int(blockIdx.x) / (g.blocks * g.section), at = int(blockIdx.x) % (g.blocks * g.section);
+  __device__ TileWork(const AttentionCall& c, const TileGrid& g, int piece) {
+    split = piece % g.splits, piece /= g.splits;
+    const int a_span = g.blocks * c.format.heads, in_span = piece % a_span;
+    const int section = in_span / (g.blocks * g.section), at = in_span % (g.blocks * g.section);
     const int heads = min(g.section, c.format.heads - section * g.section);
-    span = span_of(c, int(blockIdx.y));
+    span = span_of(c, piece / a_span);
     head = section * g.section + at % heads;
     group = c.n_h / c.format.heads, rows = span.count * group;
     first = (g.blocks - 1 - at / heads) * block_rows;
+    begin = end = 0;
     if (first >= rows) return;
     const int last_token = min(span.count - 1, (first + block_rows - 1) / group);
     begin = first_seen(c, span, span.position + first / group) / tile * tile;
     end = end_seen(c, span, span.position + last_token);
+    const int part = max(fewest_split, (tiles() + g.splits - 1) / g.splits) * tile;
+    begin += split * part, end = min(end, begin + (g.splits > 1 ? part : end));
   }
   __device__ int tiles() const { return end > begin ? (end - begin + tile - 1) / tile : 0; }
 };
 
-// The thread that copies. Rows past the span's last stay as they are in shared memory.
+// The thread that copies keys and values. Rows past the span's last stay as they are in shared memory.
 template <class S, int D_k, int D_v>
-__device__ void load_tiles(const AttentionCall& c, const CUtensorMap* map, const TileWork& w, int box_rows) {
+__device__ void load_tiles(const AttentionCall& c, const TileWork& w, int box_rows, const CUtensorMap* map) {
   constexpr TileMemory<S> memory{};
   TileBarriers& b = memory.barriers();
   auto part = [&](uint64_t* full, uint8_t* to, int boxes, int column, int first) {
-    const int pieces = (min(tile, w.span.kv_count - first) + box_rows - 1) / box_rows;
-    barrier_expect(full, pieces * boxes * box_rows * 128);
-    for (int i = 0; i < pieces; ++i) {
+    const int cuts = (min(tile, w.span.kv_count - first) + box_rows - 1) / box_rows;
+    barrier_expect(full, cuts * boxes * box_rows * 128);
+    for (int i = 0; i < cuts; ++i) {
       const int j = first + i * box_rows, page = j / c.page_tokens;
       const int y = j - page * c.page_tokens, z = page_of(c, w.span, page);
       for (int box = 0; box < boxes; ++box) copy_box(to + box * box_bytes + i * box_rows * 128, map, full, column + box * 64, y, z);
@@ -123,23 +131,23 @@ struct TileGroup {
     }
   }
 
-  __device__ int64_t query_at(int r) const {
-    return (int64_t(w.span.start) + r / w.group) * c.q_row + (w.head * w.group + r % w.group) * c.q_head;
-  }
-
-  // This warpgroup's queries as bf16 into shared memory.
+  // This warpgroup's queries as bf16 into shared memory. All are on their way before the first is stored.
   __device__ void load_queries() const {
-    constexpr int pieces = D_k / 8;
-    for (int i = thread; i < group_rows * pieces; i += 128) {
-      const int r = i / pieces, piece = i % pieces, at = index * group_rows + r;
-      float2 x[4] = {};
-      if (w.first + at < w.rows) {
-        const auto* from = reinterpret_cast<const float2*>(c.q + query_at(w.first + at) + piece * 8);
+    constexpr int eights = D_k / 8, all = group_rows * eights / 128;
+    float4 x[all][2];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) x[j] = from[j];
-      }
-      *reinterpret_cast<uint4*>(memory.q() + piece / 8 * (block_rows * 128) + at * 128 + ((piece ^ at) & 7) * 16) = {
-          pair(x[0].x, x[0].y), pair(x[1].x, x[1].y), pair(x[2].x, x[2].y), pair(x[3].x, x[3].y)};
+    for (int i = 0; i < all; ++i) {
+      const int r = w.first + index * group_rows + (thread + i * 128) / eights;
+      const float* from = c.q + (int64_t(w.span.start) + r / w.group) * c.q_row + (w.head * w.group + r % w.group) * c.q_head;
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        x[i][j] = r < w.rows ? reinterpret_cast<const float4*>(from + (thread + i * 128) % eights * 8)[j] : float4{};
+    }
+#pragma unroll
+    for (int i = 0; i < all; ++i) {
+      const int r = index * group_rows + (thread + i * 128) / eights, eight = (thread + i * 128) % eights;
+      *reinterpret_cast<uint4*>(memory.q() + eight / 8 * (block_rows * 128) + r * 128 + ((eight ^ r) & 7) * 16) = {
+          pair(x[i][0].x, x[i][0].y), pair(x[i][0].z, x[i][0].w), pair(x[i][1].x, x[i][1].y), pair(x[i][1].z, x[i][1].w)};
     }
     publish_shared();
     named_sync(3 + index, 128);
@@ -154,17 +162,18 @@ struct TileGroup {
 
   // s = Q Kᵀ
   __device__ void scores(float (&s)[tile / 2], int stage) const {
-    const uint32_t q = shared_address(memory.q()) + index * group_rows * 128, k = shared_address(memory.k(stage));
+    const uint64_t q = wgmma_operand(shared_address(memory.q()) + index * group_rows * 128),
+                   k = wgmma_operand(shared_address(memory.k(stage)));
 #pragma unroll
     for (int i = 0; i < D_k / 16; ++i)
-      wgmma<false>(s, wgmma_operand(q + i / 4 * (block_rows * 128) + i % 4 * 32), wgmma_operand(k + i / 4 * box_bytes + i % 4 * 32), i > 0);
+      wgmma<false>(s, q + (i / 4 * (block_rows * 128) + i % 4 * 32) / 16, k + (i / 4 * box_bytes + i % 4 * 32) / 16, i > 0);
     wgmma_commit();
   }
   // o += P V
   __device__ void values(float (&o)[S::o_registers], const uint32_t (&p)[tile / 4], int stage) const {
-    const uint32_t v = shared_address(memory.v(stage));
+    const uint64_t v = wgmma_operand(shared_address(memory.v(stage)), box_bytes);
 #pragma unroll
-    for (int i = 0; i < tile / 16; ++i) wgmma<true>(o, p + 4 * i, wgmma_operand(v + i * 16 * 128, box_bytes), 1);
+    for (int i = 0; i < tile / 16; ++i) wgmma<true>(o, p + 4 * i, v + i * 16 * 128 / 16, 1);
     wgmma_commit();
   }
 
@@ -213,34 +222,37 @@ struct TileGroup {
     TileBarriers& b = memory.barriers();
     const int tiles = w.tiles();
     if (tiles == 0) return;
+    load_queries();
     if (index == 1) end_turn();  // the first warpgroup begins
     float s[tile / 2], factor[2];
     uint32_t p[tile / 4];
+    auto stage_of = [](int t) { return t % stages; };
+    auto parity_of = [](int t) { return t / stages & 1; };
     auto narrow = [&] {
 #pragma unroll
       for (int i = 0; i < tile / 4; ++i) p[i] = pair(s[2 * i], s[2 * i + 1]);
     };
-    barrier_wait(&b.k_full[0], 0);
+    barrier_wait(&b.k_full[stage_of(0)], parity_of(0));
     begin_turn();
     wgmma_begin();
-    scores(s, 0);
+    scores(s, stage_of(0));
     end_turn();
     wgmma_wait<0>();
     free(b.k_empty[0]);
     softmax(s, w.begin, factor);
     narrow();
     for (int t = 1; t < tiles; ++t) {
-      const int stage = t % stages, before = (t - 1) % stages;
-      barrier_wait(&b.k_full[stage], t / stages & 1);
+      const int before = stage_of(t - 1);
+      barrier_wait(&b.k_full[stage_of(t)], parity_of(t));
       begin_turn();
       wgmma_begin();
-      scores(s, stage);
-      barrier_wait(&b.v_full[before], (t - 1) / stages & 1);
+      scores(s, stage_of(t));
+      barrier_wait(&b.v_full[before], parity_of(t - 1));
       wgmma_begin();
       values(o, p, before);
       end_turn();
       wgmma_wait<1>();
-      free(b.k_empty[stage]);
+      free(b.k_empty[stage_of(t)]);
       softmax(s, w.begin + t * tile, factor);
       wgmma_wait<0>();
       free(b.v_empty[before]);
@@ -250,16 +262,16 @@ struct TileGroup {
         for (int i = 0; i < S::o_registers; ++i) o[i] *= factor[i / 2 % 2];
       }
     }
-    const int stage = (tiles - 1) % stages;
-    barrier_wait(&b.v_full[stage], (tiles - 1) / stages & 1);
-    clear_values(stage, w.span.kv_count - (w.begin + (tiles - 1) * tile));
+    const int last = stage_of(tiles - 1);
+    barrier_wait(&b.v_full[last], parity_of(tiles - 1));
+    clear_values(last, w.span.kv_count - (w.begin + (tiles - 1) * tile));
     begin_turn();
     wgmma_begin();
-    values(o, p, stage);
+    values(o, p, last);
     end_turn();
     wgmma_wait<0>();
   }
-  __device__ void store(const float (&o)[S::o_registers]) {
+  __device__ void store(const float (&o)[S::o_registers], int splits) {
     float before[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -274,8 +286,9 @@ struct TileGroup {
       float lse = l[i] > 0 ? (m[i] + log2f(l[i])) * ln_2 : -INFINITY, own = 1, other = 0;
       if (c.merge) merge_weights(lse, before[i], own, other);
       if (lane % 4 == 0) c.lse[sum_at(i)] = lse;
+      if (splits > 1 && lse == -INFINITY) continue;  // nothing that joining reads
       const float scale = l[i] > 0 ? own / l[i] : 0;
-      float* to = c.o + token(i) * c.o_row + query_head(i) * c.o_head + lane % 4 * 2;
+      float* to = c.o + c.split_o * w.split + token(i) * c.o_row + query_head(i) * c.o_head + lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < D_v / 8; ++n) {
         float2 y{o[4 * n + 2 * i] * scale, o[4 * n + 2 * i + 1] * scale};
@@ -294,7 +307,7 @@ struct TileGroup {
   __device__ bool there(int i) const { return of_span(i) < w.rows; }
   __device__ int64_t token(int i) const { return int64_t(w.span.start) + of_span(i) / w.group; }
   __device__ int query_head(int i) const { return w.head * w.group + of_span(i) % w.group; }
-  __device__ int64_t sum_at(int i) const { return token(i) * c.lse_row + query_head(i) * c.lse_head; }
+  __device__ int64_t sum_at(int i) const { return c.split_lse * w.split + token(i) * c.lse_row + query_head(i) * c.lse_head; }
 };
 
 template <int D_k, int D_v>
@@ -314,44 +327,92 @@ __global__ void __launch_bounds__(threads, 1)
   }
   __syncthreads();
   begin_kernel();
-  const TileWork w(c, grid);
+  const TileWork w(c, grid, int(blockIdx.x));
   if (w.first >= w.rows) return;
   const int group = __shfl_sync(~0u, int(threadIdx.x) / 128, 0);
   if (group == 2) {
     give_registers<40>();
-    if (threadIdx.x == 256) load_tiles<S, D_k, D_v>(c, &map, w, grid.box_rows);
+    if (threadIdx.x == 256) load_tiles<S, D_k, D_v>(c, w, grid.box_rows, &map);
   } else {
     take_registers<232>();
     TileGroup<D_k, D_v> g(c, w, group);
     float o[S::o_registers];
 #pragma unroll
     for (float& x : o) x = 0;
-    g.load_queries();
     g.run(o);
-    g.store(o);
+    g.store(o, grid.splits);
   }
+}
+
+// Joins the results of splits of the context: a warp for each query and head. `all` is the call as it came, `part` that of the splits.
+__global__ void __launch_bounds__(256)
+    join_kernel(const __grid_constant__ AttentionCall all, const __grid_constant__ AttentionCall part, int splits) {
+  begin_kernel();
+  const GpuSpan span = span_of(all, int(blockIdx.z));
+  const int query = int(blockIdx.x), head = int(blockIdx.y * blockDim.y + threadIdx.y), lane = int(threadIdx.x);
+  if (query >= span.count || head >= all.n_h) return;
+  const int64_t token = span.start + query;
+  const float* sums = part.lse + token * part.lse_row + head;
+  const float* from = part.o + token * part.o_row + head * part.o_head;
+  const float own = lane < splits ? sums[lane * part.split_lse] : -INFINITY;
+  float top = own;
+  for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+  float weight = own == -INFINITY ? 0 : expf(own - top), total = weight;
+  for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
+  weight = total > 0 ? weight / total : 0;
+  float* sum = all.lse + token * all.lse_row + head * all.lse_head;
+  float lse = total > 0 ? top + logf(total) : -INFINITY, mine = 1, other = 0;
+  if (all.merge) merge_weights(lse, *sum, mine, other);
+  __syncwarp();
+  if (lane == 0) *sum = lse;
+  float* to = all.o + token * all.o_row + head * all.o_head;
+  for (int column = 0; column < all.format.d_v; column += 32) {
+    float y = 0;
+    for (int i = 0; i < splits; ++i) {
+      const float w = __shfl_sync(~0u, weight, i);
+      if (w > 0) y += w * from[i * part.split_o + column + lane];
+    }
+    to[column + lane] = all.merge ? mine * y + (other > 0 ? other * to[column + lane] : 0) : y;
+  }
+}
+
+// How many parts the context goes in where there are too few pieces to fill the GPU. Each costs a little; joining has to pay.
+int splits_of(const AttentionCall& c, int pieces) {
+  constexpr int most = 32;  // a warp's lanes
+  const int tiles = int(ceil_div(c.most_seen, tile));
+  auto cost = [&](int s) { return double(ceil_div(int64_t(pieces) * s, c.processors)) * (1.0 / s + 0.02); };
+  int best = 1;
+  double least = 0.8 * cost(1);
+  for (int s = 2; s <= std::min(most, tiles / fewest_split) && pieces < c.processors; ++s)
+    if (cost(s) < least) best = s, least = cost(s);
+  return best;
 }
 
 bool in_one_page(const AttentionCall& c) { return !c.spans.spans && c.one.kv_count <= c.page_tokens; }
 
 template <int D_k, int D_v>
-void run(const AttentionCall& c, cudaStream_t stream) {
-  constexpr int64_t section_bytes = 20 << 20;  // of the second-level cache's 50 MB
+void run(const AttentionCall& c, const TileGrid& grid, cudaStream_t stream) {
   const KvFormat format{{c.format.heads, D_k, D_v, false}, DType::bf16};
-  const int rows = c.spans.most_queries * (c.n_h / c.format.heads);
-  const int64_t head_bytes = int64_t(c.spans.spans ? c.page_tokens : c.one.kv_count) * (D_k + D_v) * 2;
+  const CUtensorMap map = pages_map(c.base, format.layout.row(), c.page_tokens, format.row_bytes(), c.page_bytes, grid.box_rows);
+  launch(tiles_kernel<D_k, D_v>, unsigned(grid.pieces), threads, TileShape<D_k, D_v>::shared_bytes, stream, c, map, grid);
+}
+
+TileGrid grid_of(const AttentionCall& c) {
+  constexpr int64_t section_bytes = 20 << 20;  // of the second-level cache's 50 MB
+  const int64_t head_bytes = int64_t(c.most_seen) * (c.format.d_k + c.format.d_v) * 2;
   TileGrid grid{};
-  grid.blocks = int(ceil_div(rows, block_rows));
+  grid.blocks = int(ceil_div(c.spans.most_queries * (c.n_h / c.format.heads), block_rows));
   grid.section = int(std::clamp<int64_t>(section_bytes / std::max<int64_t>(1, head_bytes), 1, c.format.heads));
   grid.box_rows = in_one_page(c) ? tile : std::gcd(c.page_tokens, tile);
-  const CUtensorMap map = pages_map(c.base, format.layout.row(), c.page_tokens, format.row_bytes(), c.page_bytes, grid.box_rows);
-  launch(tiles_kernel<D_k, D_v>, dim3(unsigned(grid.blocks * c.format.heads), unsigned(c.spans.count)), threads,
-         TileShape<D_k, D_v>::shared_bytes, stream, c, map, grid);
+  grid.pieces = grid.blocks * c.format.heads * c.spans.count;
+  grid.splits = splits_of(c, grid.pieces);
+  grid.pieces *= grid.splits;
+  return grid;
 }
 
 struct Instance {
   int d_k, d_v;
-  void (*run)(const AttentionCall&, cudaStream_t);
+  void (*run)(const AttentionCall&, const TileGrid&, cudaStream_t);
 };
 constexpr Instance instances[] = {{192, 128, run<192, 128>}, {128, 128, run<128, 128>}, {64, 64, run<64, 64>}, {96, 64, run<96, 64>}};
 
@@ -359,8 +420,8 @@ const Instance* find(const AttentionCall& c) {
   const RowFormat& f = c.format;
   const bool pieces = in_one_page(c) || c.page_tokens % 8 == 0;                                    // of tiles begin where swizzled rows do
   const bool aligned = (reinterpret_cast<uintptr_t>(c.base) | uintptr_t(c.page_bytes)) % 16 == 0;  // for the copy engine
-  const bool pairs = (c.q_row | c.q_head | c.o_row | c.o_head) % 2 == 0;
-  if (f.type != DType::bf16 || f.v_in_k || !pieces || !aligned || !pairs) return nullptr;
+  const bool vectors = (c.q_row | c.q_head) % 4 == 0 && reinterpret_cast<uintptr_t>(c.q) % 16 == 0 && (c.o_row | c.o_head) % 2 == 0;
+  if (f.type != DType::bf16 || f.v_in_k || !pieces || !aligned || !vectors) return nullptr;
   for (const Instance& i : instances)
     if (i.d_k == f.d_k && i.d_v == f.d_v) return &i;
   return nullptr;
@@ -368,10 +429,26 @@ const Instance* find(const AttentionCall& c) {
 
 }  // namespace
 
-bool attend_tiles(const AttentionCall& c, cudaStream_t stream) {
+bool attend_tiles_takes(const AttentionCall& c) { return find(c); }
+
+size_t attend_tiles_scratch_bytes(const AttentionCall& c) {
+  const int splits = grid_of(c).splits;
+  return splits == 1 ? 0 : size_t(splits) * size_t(c.n) * size_t(c.n_h) * size_t(c.format.d_v + 1) * 4;
+}
+
+void attend_tiles(const AttentionCall& c, void* scratch, cudaStream_t stream) {
   const Instance* instance = find(c);
-  if (instance) instance->run(c, stream);
-  return instance;
+  require(instance, "attention of this kind by matrix units");
+  const TileGrid grid = grid_of(c);
+  if (grid.splits == 1) return instance->run(c, grid, stream);
+  AttentionCall part = c;
+  part.merge = false;
+  part.o_head = c.format.d_v, part.o_row = c.n_h * part.o_head, part.split_o = c.n * part.o_row;
+  part.lse_head = 1, part.lse_row = c.n_h, part.split_lse = c.n * part.lse_row;
+  part.o = static_cast<float*>(scratch), part.lse = part.o + grid.splits * part.split_o;
+  instance->run(part, grid, stream);
+  launch(join_kernel, dim3(unsigned(c.spans.most_queries), unsigned(ceil_div(c.n_h, 8)), unsigned(c.spans.count)), dim3(32, 8), 0, stream,
+         c, part, grid.splits);
 }
 
 }  // namespace mla::cuda

@@ -46,6 +46,10 @@ const Case cases[] = {
     {"window_alone", 2, 2, 128, 128, 64, mixed, {false, 70}},
     {"wide_scores", 2, 2, 192, 128, 64, mixed, {}, 30},
     {"context_later", 2, 2, 192, 128, 64, {{200, 90, 100, 0}, {140, 256, 64, 64}}},
+    {"decode_gqa", 8, 2, 128, 128, 64, {{1, 3000}}},
+    {"decode_gqa_batch", 8, 2, 64, 64, 64, {{1, 3000}, {1, 1}, {0, 0}, {1, 700}, {3, 1025}, {1, 2049}}},
+    {"decode_mha_window", 2, 2, 128, 128, 64, {{2, 2000}, {1, 900}}, {true, 600}},
+    {"decode_one_page", 5, 1, 192, 128, 5000, {{4, 4097}}},
     {"many_heads", 40, 40, 192, 128, 64, {{140, 140}, {3, 200}}},
 };
 
@@ -53,7 +57,7 @@ void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
 
 class AttentionTest : public testing::TestWithParam<Case> {
  protected:
-  void run(bool tiles) {
+  void run(bool tiles, int processors = 132) {
     const Case& c = GetParam();
     const KvFormat format{{c.heads, c.d_k, c.d_v, false}, DType::bf16};
     const int64_t row = format.layout.row(), page_bytes = c.page_tokens * format.row_bytes();
@@ -90,20 +94,26 @@ class AttentionTest : public testing::TestWithParam<Case> {
     const std::vector<float> nothing(rows * d_v, std::numeric_limits<float>::quiet_NaN());
     const GpuBuffer o = upload<float>(nothing), lse(rows * 4);
     AttentionCall call{};
-    call.q = reinterpret_cast<const float*>(q_gpu.data()), call.q_row = c.n_h * c.d_k, call.q_head = c.d_k;
+    call.n = n, call.q = reinterpret_cast<const float*>(q_gpu.data()), call.q_row = c.n_h * c.d_k, call.q_head = c.d_k;
     call.base = cache_gpu.data(), call.page_bytes = page_bytes, call.page_tokens = c.page_tokens, call.format = RowFormat(format);
-    call.n_h = c.n_h, call.causal = c.mask.causal, call.window = c.mask.window, call.scale = scale;
+    call.n_h = c.n_h, call.processors = processors, call.causal = c.mask.causal, call.window = c.mask.window, call.scale = scale;
     call.o = reinterpret_cast<float*>(o.data()), call.o_row = c.n_h * c.d_v, call.o_head = c.d_v;
     call.lse = reinterpret_cast<float*>(lse.data()), call.lse_row = c.n_h, call.lse_head = 1;
     auto attend = [&] {
-      if (tiles)
-        ASSERT_TRUE(attend_tiles(call, nullptr));
-      else
+      if (tiles) {
+        ASSERT_TRUE(attend_tiles_takes(call));
+        const GpuBuffer scratch(attend_tiles_scratch_bytes(call));
+        if (scratch.bytes() > 0) check(cudaMemset(scratch.data(), 0xff, scratch.bytes()));
+        attend_tiles(call, scratch.data(), nullptr);
+        check(cudaDeviceSynchronize());
+      } else {
         attend_portable(call, nullptr);
+      }
       check(cudaDeviceSynchronize());
     };
     call.spans.count = int(table.size()), call.one = table[0], call.page = page_list[0];
-    for (const Span& s : spans) call.spans.most_queries = std::max(call.spans.most_queries, s.count);
+    for (const Span& s : spans)
+      call.spans.most_queries = std::max(call.spans.most_queries, s.count), call.most_seen = std::max(call.most_seen, s.kv_count);
     if (table.size() > 1) {
       call.spans.spans = reinterpret_cast<const GpuSpan*>(table_gpu.data());
       call.spans.pages = reinterpret_cast<const int32_t*>(pages_gpu.data());
@@ -155,7 +165,7 @@ bool has_gpu() {
 
 TEST_P(AttentionTest, HopperTiles) {
   if (!has_gpu()) GTEST_SKIP() << "no GPU here";
-  run(true);
+  for (const int processors : {132, 3}) run(true, processors);  // more and fewer splits
 }
 
 TEST_P(AttentionTest, Portable) {
