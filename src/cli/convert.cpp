@@ -7,6 +7,7 @@
 #include "core/check.h"
 #include "core/threads.h"
 #include "io/writer_file.h"
+#include "lowrank/original.h"
 #include "model/make.h"
 
 #include <CLI/CLI.hpp>
@@ -25,20 +26,20 @@ using Json = nlohmann::ordered_json;
 class Conversion {
  public:
   explicit Conversion(const ConvertArguments& a)
-      : a_(a), checkpoint_(Checkpoint::open(a.path)), config_(read_config(checkpoint_)), options_(checked_options()) {}
+      : a_(a), checkpoint_(Checkpoint::open(a.path)), config_(original_config(checkpoint_)), options_(checked_options()) {}
 
   void run() {
     const ConvertTexts texts = read_texts(a_, checkpoint_);
-    const auto device = a_.machine.open();
-    if (device->memory().place() != Place::host) fail_input("mla convert factorises on the CPU; leave --device out");
-    device->activations = Activations::i16;
+    const auto device = open_host(a_);
+    const Draft draft(a_.out);
+    check_room(draft.path());
     const auto begin = std::chrono::steady_clock::now();
     const auto passed = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(); };
-    if (a_.search) options_.layer.value_share = search_value_share(a_, checkpoint_, options_, texts.calibration, *device);
+    if (a_.search)
+      options_.layer.value_share = search_value_share(a_, checkpoint_, options_, texts.calibration, draft.path() / "search", *device);
     Replacement instead = convert_layers(texts.calibration, *device);
     const double seconds = passed();
 
-    const Draft draft(a_.out);
     const Made made =
         export_hf(checkpoint_, instead, draft.path(), options_.type, device->threads(), [](double) { throw_if_interrupted(); });
     const Comparison quality = verify(draft.path(), texts, *device);
@@ -56,7 +57,16 @@ class Conversion {
     ConvertOptions o = read_steps(a_, checkpoint_, config_);
     choose_sizes(a_, a_.cut, config_, o);
     check_convertible(checkpoint_, config_, o);
+    check_tensors(checkpoint_, config_);
     return o;
+  }
+
+  void check_room(const fs::path& folder) const {
+    int64_t bytes = 0;
+    for (const StoredTensor& t : checkpoint_.tensors()) bytes += row_bytes(options_.type, t.value.count());
+    if (const auto free = fs::space(folder).available; int64_t(free) < bytes)
+      fail("the converted model takes about {}, and {} has room for {}", bytes_text(double(bytes)), folder.parent_path().string(),
+           bytes_text(double(free)));
   }
 
   std::string evaluated_on() const {
@@ -100,25 +110,28 @@ class Conversion {
         "Converted by `mla convert` from grouped-query attention. It leaves {} + {} elements of a token and layer in the cache instead of "
         "{}.\n\n"
         "| | |\n|---|---|\n| preset | {} |\n| method | {} |\n| weights | {}{} |\n| constants of unrotated channels | {} |\n"
-        "| rotary base | {} |\n| query latent | {} |\n| values' share β | {} |\n| latent norm | {} |\n| refit | W_O {}{}{} |\n| "
-        "calibration | {} tokens, windows of {}{} |\n"
-        "| perplexity before, after | {:.3f}, {:.3f} ({} tokens of {}) |\n| KL divergence | {:.4f} |\n",
-        fs::path(a_.path).filename().string(), l.kv_lora_rank, l.qk_rope_head_dim, config_.kv_layout().row(), a_.preset, name(l.method),
-        l.activations ? "activations" : "none", l.metric ? " and metric" : "",
+        "| frequencies folded | {} |\n| seed | {} |\n"
+        "| rotary base | {} |\n| query latent | {} |\n| values' share β | {}{} |\n| latent norm | {} |\n"
+        "| refit | W_O {} (λ {}){}{} |\n| calibration | {} tokens of {}, windows of {}{} |\n"
+        "| perplexity before, after | {:.3f}, {:.3f} ({} tokens of {}, a cache in {}) |\n| KL divergence | {:.4f} |\n",
+        fs::weakly_canonical(fs::path(a_.path) / "").parent_path().filename().string(), l.kv_lora_rank, l.qk_rope_head_dim,
+        config_.kv_layout().row(), a_.preset, name(l.method), l.activations ? "activations" : "none", l.metric ? " and metric" : "",
         l.constant == Constant::one    ? "1"
         : l.constant == Constant::mean ? "mean"
                                        : "least squares",
-        options_.rope_theta > 0 ? options_.rope_theta : config_.rope_theta,
-        options_.q_lora_rank > 0 ? std::to_string(options_.q_lora_rank) : "none", l.value_share,
+        l.fold ? "yes" : "no", l.seed, options_.rope_theta > 0 ? options_.rope_theta : config_.rope_theta,
+        options_.q_lora_rank > 0 ? std::to_string(options_.q_lora_rank) : "none", l.value_share, a_.search ? ", searched" : "",
         l.latent_norm == LatentNorm::constant     ? "constant channel"
         : l.latent_norm == LatentNorm::functional ? "linear functional"
                                                   : "scale",
         options_.refit == Refit::none    ? "no"
         : options_.refit == Refit::layer ? "to its layer"
                                          : "to the original's stream",
-        options_.refit_down ? ", W_down" : "", options_.query_steps > 0 ? fmt::format(", W_Q in {} steps", options_.query_steps) : "",
-        tokens, options_.window, options_.sequential ? ", on the converted prefix" : "", std::exp(q.nll_before), std::exp(q.nll_after),
-        q.scored, a_.evaluate.empty() ? "the calibration text" : "another text", q.kl));
+        options_.output_ridge, options_.refit_down ? fmt::format(", W_down (λ {})", options_.down_ridge) : "",
+        options_.query_steps > 0 ? fmt::format(", W_Q in {} steps", options_.query_steps) : "",
+        tokens / size_t(options_.window) * size_t(options_.window), a_.calibrate, options_.window,
+        options_.sequential ? ", on the converted prefix" : "", std::exp(q.nll_before), std::exp(q.nll_after), q.scored, evaluated_on(),
+        a_.kv_type, q.kl));
     file.finish();
   }
 

@@ -8,6 +8,8 @@
 #include "lowrank/convert.h"
 
 #include <filesystem>
+#include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -21,8 +23,9 @@ struct ConvertArguments {
   std::vector<std::string> evaluate;
   MachineOptions machine;
   int64_t rank = 0, rope_dim = 0, query_rank = 0, tokens = 45056, evaluate_windows = 4, window = 512;
-  double value_share = 0, rope_theta = 0, output_ridge = -1, down_ridge = -1;
-  int query_steps = -1;
+  double rope_theta = 0;
+  std::optional<double> value_share, output_ridge, down_ridge;
+  std::optional<int> query_steps;
   uint64_t seed = 0;
   bool no_activations = false, no_metric = false, no_fold = false, no_down = false, parallel = false, force = false, json = false;
   bool sweep = false, search = false;
@@ -54,10 +57,12 @@ Comparison mean_of(const std::vector<Comparison>& each);
 // The tokenizer's files for a folder, of a GGUF's vocabulary too.
 std::vector<SideFile> tokenizer_files(const Checkpoint& checkpoint);
 
-// Raises Error unless -o can be written.
+// Raises Error unless -o can be written, or replaced with --force: a model by a model, a sweep by a sweep, and nothing that is read here.
 void check_target(const ConvertArguments& a);
+// The machine that the arguments name, which must be the host's.
+std::unique_ptr<Device> open_host(const ConvertArguments& a);
 
-// A folder under a temporary name; it becomes the target when it has been verified, and is removed otherwise.
+// A folder under a temporary name, made at once; it becomes the target when it has been verified, and is removed otherwise.
 class Draft {
  public:
   explicit Draft(const std::filesystem::path& target);
@@ -75,8 +80,8 @@ class Draft {
 // One calibration, then every size and method from it, with nothing refitted: sweep.md, sweep.json and sweep.svg in the folder -o.
 void sweep_conversions(const ConvertArguments& a);
 // The balance of values and keys whose conversion, with nothing refitted, diverges least on windows of the calibration text it has not
-// seen.
+// seen. `scratch`: a folder for models, which is removed.
 double search_value_share(const ConvertArguments& a, const Checkpoint& checkpoint, const ConvertOptions& options,
-                          std::span<const int32_t> tokens, Device& device);
+                          std::span<const int32_t> tokens, const std::filesystem::path& scratch, Device& device);
 
 }  // namespace mla

@@ -14,6 +14,23 @@ namespace mla {
 
 namespace fs = std::filesystem;
 
+namespace {
+
+bool lies_under(const fs::path& file, const fs::path& folder) {
+  std::error_code ignored;
+  const fs::path relative = fs::weakly_canonical(file, ignored).lexically_relative(fs::weakly_canonical(folder, ignored));
+  return !relative.empty() && *relative.begin() != "..";
+}
+
+bool holds_a_sweep(const fs::path& folder) {
+  return std::ranges::all_of(fs::directory_iterator(folder), [](const auto& entry) {
+    const std::string name = entry.path().filename().string();
+    return name == "sweep.md" || name == "sweep.json" || name == "sweep.svg";
+  });
+}
+
+}  // namespace
+
 void check_target(const ConvertArguments& a) {
   std::error_code ignored;
   const fs::path out = a.out, folder = fs::absolute(out.has_filename() ? out : out.parent_path()).parent_path();
@@ -22,8 +39,19 @@ void check_target(const ConvertArguments& a) {
   if (!fs::exists(out, ignored)) return;
   if (!fs::is_directory(out, ignored)) fail_input("{} is there and no folder; give another name", a.out);
   if (!fs::is_empty(out, ignored) && !a.force) fail_input("{} is there already; --force replaces it", a.out);
-  if (!fs::is_empty(out, ignored) && !fs::exists(out / "config.json", ignored))
-    fail_input("{} holds something else than a model; --force does not replace that", a.out);
+  if (!fs::is_empty(out, ignored) && !(a.sweep ? holds_a_sweep(out) : fs::exists(out / "config.json", ignored)))
+    fail_input("{} holds something else than a {}; --force does not replace that", a.out, a.sweep ? "sweep" : "model");
+  std::vector<std::string> read{a.path, a.calibrate};
+  read.insert(read.end(), a.evaluate.begin(), a.evaluate.end());
+  for (const std::string& file : read)
+    if (!file.empty() && lies_under(file, out)) fail_input("{} lies in {}, which would be replaced; give another name", file, a.out);
+}
+
+std::unique_ptr<Device> open_host(const ConvertArguments& a) {
+  auto device = a.machine.open();
+  if (device->memory().place() != Place::host) fail_input("mla convert factorises on the CPU; leave --device out");
+  device->activations = Activations::i16;
+  return device;
 }
 
 std::vector<SideFile> tokenizer_files(const Checkpoint& checkpoint) {
@@ -81,8 +109,12 @@ Comparison mean_of(const std::vector<Comparison>& each) {
   return out;
 }
 
-Draft::Draft(const fs::path& target) : target_(target.has_filename() ? target : target.parent_path()), path_(target_) {
+Draft::Draft(const fs::path& target)
+    : target_(fs::weakly_canonical(target.has_filename() ? target : target.parent_path())), path_(target_) {
   path_ += fmt::format(".{}.draft", getpid());
+  std::error_code error;
+  fs::create_directory(path_, error);
+  if (error) fail_input("cannot write beside {}: {}", target_.string(), error.message());
 }
 
 Draft::~Draft() {

@@ -40,6 +40,11 @@ ConvertOptions preset_options(const std::string& preset) {
   return o;
 }
 
+double ridge(const std::optional<double>& given, const char* option, double usual) {
+  if (given && (!(*given >= 0) || !std::isfinite(*given))) fail_input("{} is {}; give 0 or more", option, *given);
+  return given.value_or(usual);
+}
+
 // The elements of the cache that "68.75%" leaves.
 int64_t elements_left(const std::string& cut, int64_t whole) {
   double percent = 0;
@@ -100,14 +105,17 @@ ConvertOptions read_steps(const ConvertArguments& a, const Checkpoint& checkpoin
   l.activations = l.activations && !a.no_activations;
   l.metric = l.metric && !a.no_metric;
   l.fold = l.fold && !a.no_fold;
-  if (a.value_share != 0) l.value_share = a.value_share;
+  if (a.value_share) l.value_share = *a.value_share;
   l.seed = a.seed;
   o.refit_down = o.refit_down && !a.no_down;
   o.sequential = o.sequential && !a.parallel;
   o.window = a.window;
-  if (a.query_steps >= 0) o.query_steps = a.query_steps;
-  if (a.output_ridge >= 0) o.output_ridge = a.output_ridge;
-  if (a.down_ridge >= 0) o.down_ridge = a.down_ridge;
+  if (a.window < 2) fail_input("--calibration-window is {}; give 2 or more", a.window);
+  if (a.tokens < 1) fail_input("--calibration-tokens is {}; give 1 or more", a.tokens);
+  if (a.query_steps.value_or(0) < 0) fail_input("--query-steps is {}; give 0 or more", *a.query_steps);
+  o.query_steps = a.query_steps.value_or(o.query_steps);
+  o.output_ridge = ridge(a.output_ridge, "--output-ridge", o.output_ridge);
+  o.down_ridge = ridge(a.down_ridge, "--down-ridge", o.down_ridge);
   o.rope_theta = a.rope_theta;
   o.q_lora_rank = a.query_rank;
   const auto type = parse_dtype(a.type);

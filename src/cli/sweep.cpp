@@ -6,6 +6,7 @@
 #include "cli/progress.h"
 #include "core/check.h"
 #include "io/writer_file.h"
+#include "lowrank/original.h"
 #include "model/make.h"
 
 #include <nlohmann/json.hpp>
@@ -68,19 +69,18 @@ struct Point {
 class Sweep {
  public:
   explicit Sweep(const ConvertArguments& a)
-      : a_(a), checkpoint_(Checkpoint::open(a.path)), config_(read_config(checkpoint_)), kv_type_(parse_kv_type(a.kv_type)) {
+      : a_(a), checkpoint_(Checkpoint::open(a.path)), config_(original_config(checkpoint_)), kv_type_(parse_kv_type(a.kv_type)) {
     check_target(a);
     for (const std::string& weights : words(a.sweep_weights, "--sweep-weights"))
       for (const std::string& method : words(a.sweep_methods, "--sweep-methods"))
         for (const std::string& cut : words(a.sweep_cuts, "--sweep-cuts")) points_.push_back(point(cut, method, weights));
+    check_tensors(checkpoint_, config_);
   }
 
   void run() {
     const ConvertTexts texts = read_texts(a_, checkpoint_);
-    const auto device = a_.machine.open();
-    device->activations = Activations::i16;
+    const auto device = open_host(a_);
     const Draft draft(a_.out);
-    fs::create_directory(draft.path());
     const auto calibration = calibrated(checkpoint_, texts.calibration, points_[0].options, *device);
     Model original(checkpoint_, *device);
     ProgressBar bar("sweeping");
@@ -199,12 +199,12 @@ void sweep_conversions(const ConvertArguments& a) {
 }
 
 double search_value_share(const ConvertArguments& a, const Checkpoint& checkpoint, const ConvertOptions& options,
-                          std::span<const int32_t> tokens, Device& device) {
-  // A window of each eighth is held out, so that they are of every kind the text has; the rest calibrates.
-  const int64_t windows = int64_t(tokens.size()) / options.window, step = std::max<int64_t>(2, windows / 8);
+                          std::span<const int32_t> tokens, const fs::path& scratch, Device& device) {
+  // One window in eight is held out, of long texts eight in all, so that they are of every kind the text has; the rest calibrates.
+  const int64_t windows = int64_t(tokens.size()) / options.window, step = std::min(windows, std::max<int64_t>(8, windows / 8));
   EvaluationText held_out{a.calibrate, {}, options.window};
   std::vector<int32_t> seen;
-  for (int64_t w = 0; w < windows; ++w) {
+  for (int64_t w = 0; w < windows && windows > 1; ++w) {
     const auto part = tokens.subspan(size_t(w * options.window), size_t(options.window));
     auto& to = w % step == step - 1 ? held_out.tokens : seen;
     to.insert(to.end(), part.begin(), part.end());
@@ -215,16 +215,16 @@ double search_value_share(const ConvertArguments& a, const Checkpoint& checkpoin
   skip_refits(o);
   const auto calibration = calibrated(checkpoint, seen, o, device);
   Model original(checkpoint, device);
-  const Draft draft(a.out);
   double best = o.layer.value_share, least = INFINITY;
   for (double share : {0.5, 1.0, 2.0, 4.0}) {
     o.layer.value_share = share;
-    const double kl = mean_of(measured(checkpoint, convert(checkpoint, calibration, o, device), draft.path(), o.type, {held_out}, original,
-                                       DType::bf16, device))
+    const double kl = mean_of(measured(checkpoint, convert(checkpoint, calibration, o, device), scratch, o.type, {held_out}, original,
+                                       parse_kv_type(a.kv_type), device))
                           .kl;
     fmt::print(stderr, "mla: β = {}: KL {:.4f}\n", share, kl);
     if (kl < least) best = share, least = kl;
   }
+  if (!std::isfinite(least)) fail("no balance gives logits that are finite numbers");
   return best;
 }
 

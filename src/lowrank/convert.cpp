@@ -14,7 +14,6 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <tuple>
 
 namespace mla {
 namespace {
@@ -46,8 +45,8 @@ std::vector<std::vector<int64_t>> slots_of(const std::vector<double>& theirs, co
   return slots;
 }
 
-std::vector<std::vector<int64_t>> slots_of(const Checkpoint& checkpoint, const Config& config, const ConvertOptions& o) {
-  return slots_of(frequencies_of(config, checkpoint), rope_frequencies(converted_config(config, o)), o.layer.fold);
+std::vector<std::vector<int64_t>> slots_of(const Config& config, const ConvertOptions& o) {
+  return slots_of(rope_frequencies(config), rope_frequencies(converted_config(config, o)), o.layer.fold);
 }
 
 // LAPACK with all threads, where ours are idle; BLAS inside our threads has one.
@@ -66,10 +65,10 @@ class LayerMaker {
       : shape_(shape_of(checkpoint, config)),
         o_(o),
         config_(converted_config(config, o)),
-        theirs_(frequencies_of(config, checkpoint)),
+        theirs_(rope_frequencies(config)),
         layer_(o.layer),
         ours_(theirs_) {
-    layer_.slots = slots_of(checkpoint, config, o);
+    layer_.slots = slots_of(config, o);
     const std::vector<double> slot_frequencies = rope_frequencies(config_);
     for (size_t slot = 0; slot < layer_.slots.size(); ++slot)
       for (int64_t pair : layer_.slots[slot]) ours_[size_t(pair)] -= slot_frequencies[slot];
@@ -201,7 +200,7 @@ class Converter {
         original_(checkpoint, config, device) {
     out_.config = maker_.config();
     const int64_t batch = std::min(batch_windows, windows_);
-    gqa_run_ = std::make_unique<LayerRun>(config_, frequencies_of(config, checkpoint), device, o.window, batch);
+    gqa_run_ = std::make_unique<LayerRun>(config_, rope_frequencies(config), device, o.window, batch);
     mla_run_ = std::make_unique<LayerRun>(out_.config, rope_frequencies(out_.config), device, o.window, batch);
     theirs_ = original_.embed(tokens.first(size_t(windows_ * o.window)));
     ours_ = theirs_;
@@ -239,13 +238,17 @@ class Converter {
     Tensor stream(std::vector<float>& s, int64_t cols) const { return view(s.data() + first * cols, DType::f32, {rows, cols}); }
   };
 
+  // A layer is five passes over the text.
+  void tick(double within) const {
+    if (progress_) progress_((layer_ + (phase_ + within) / 5) / config_.num_hidden_layers);
+  }
+
   // Calls what(batch) for the text in order.
   template <class What>
   void each_batch(const What& what) {
     const int64_t batches = (windows_ + batch_windows - 1) / batch_windows;
     for (int64_t b = 0; b < batches; ++b) {
-      const double within = (phase_ + double(b) / double(batches)) / 3;
-      if (progress_) progress_((layer_ + within) / config_.num_hidden_layers);
+      tick(double(b) / double(batches));
       const int64_t first = b * batch_windows, n = std::min(batch_windows, windows_ - first);
       what(Batch{first * o_.window, n * o_.window});
     }
@@ -280,7 +283,8 @@ class Converter {
     const MlaWeights w = mla_weights();
     std::vector<ScoreWindow> windows;
     const int64_t step = std::max<int64_t>(1, windows_ / o_.score_windows);  // spread over the text
-    for (int64_t i = 0; i < windows_ && int64_t(windows.size()) < o_.score_windows; i += step) windows.push_back(score_window(i, w));
+    for (int64_t i = 0; i < windows_ && int64_t(windows.size()) < o_.score_windows; i += step)
+      tick(0), windows.push_back(score_window(i, w));
     refit_queries(m.q, windows, scores, moments.inputs, o_.query_steps, device_.threads());
   }
 
@@ -345,10 +349,8 @@ class Converter {
     Matrix fitted = o_.refit == Refit::none ? o : refitted(o, sums, o_.output_ridge);
     std::vector<float> weights = rounded(fitted.data, o_.type);
     const Weight packed = pack(weights, D, cols);
-    for (int64_t first = 0; first < windows_; first += batch_windows) {
-      const Batch b{first * o_.window, std::min(batch_windows, windows_ - first) * o_.window};
-      device_.linear(b.stream(attended_, cols), packed, original_.gqa().o_bias, b.stream(ours_, D), true);
-    }
+    each_batch(
+        [&](const Batch& b) { device_.linear(b.stream(attended_, cols), packed, original_.gqa().o_bias, b.stream(ours_, D), true); });
     return fitted;
   }
 
@@ -380,10 +382,7 @@ class Converter {
     const Matrix fitted = refitted(original_.matrix("ffn.down"), sums, o_.down_ridge);
     set("ffn.down", fitted.data);
     const Weight packed = pack("ffn.down", D, width);
-    for (int64_t first = 0; first < windows_; first += batch_windows) {
-      const Batch b{first * o_.window, std::min(batch_windows, windows_ - first) * o_.window};
-      device_.linear(b.stream(hidden_, width), packed, {}, b.stream(ours_, D), true);
-    }
+    each_batch([&](const Batch& b) { device_.linear(b.stream(hidden_, width), packed, {}, b.stream(ours_, D), true); });
   }
 
   // What W x should be: the target stream less ours and the bias, which is left in `target`.
@@ -424,20 +423,6 @@ class Converter {
   int layer_ = 0;
   double phase_ = 0;
 };
-
-void check_tensors(const Checkpoint& checkpoint, const Config& config) {
-  for (const StoredTensor& t : checkpoint.tensors()) {
-    for (float x : decoded(t))
-      if (!std::isfinite(x)) fail_input("tensor {} holds {}; only finite weights can be converted", t.name, x);
-  }
-  const int64_t d = config.head_dim, D = config.hidden_size, h = config.num_attention_heads, g = config.num_key_value_heads;
-  for (int l = 0; l < config.num_hidden_layers; ++l)
-    for (const auto& [name, rows, cols] : {std::tuple("q", h * d, D), {"k", g * d, D}, {"v", g * d, D}, {"o", D, h * d}}) {
-      const Tensor& t = checkpoint.get(fmt::format("layers.{}.attn.{}", l, name)).value;
-      if (t.rank != 2 || t.shape[0] != rows || t.shape[1] != cols)
-        fail_input("tensor layers.{}.attn.{} is {}; the configuration asks for [{}, {}]", l, name, describe(t), rows, cols);
-    }
-}
 
 }  // namespace
 
@@ -480,7 +465,7 @@ void check_convertible(const Checkpoint& checkpoint, const Config& config, const
   layer.slots.resize(1);  // are chosen below, once the width is known to fit
   check_layer_options(shape, layer);
   if (o.rope_theta < 0 || !std::isfinite(o.rope_theta)) fail_input("the rotary base is {}; it must be above 0", o.rope_theta);
-  for (const auto& slot : slots_of(checkpoint, config, o))
+  for (const auto& slot : slots_of(config, o))
     if (slot.empty())
       fail_input(
           "a rotary width of {} over a base of {} has pairs that none of the model's is nearest to; take a narrower one or a larger base",
@@ -493,18 +478,17 @@ void check_convertible(const Checkpoint& checkpoint, const Config& config, const
     fail_input("the model has biases, which need a query latent and the latents' norms held by a constant");
   if (checkpoint.find("layers.0.attn.o.bias") && o.layer.latent_norm != LatentNorm::constant)
     fail_input("the model has a bias behind W_O, which needs the latent's norm held by a constant");
-  check_tensors(checkpoint, config);
 }
 
 std::vector<LayerCalibration> calibrate(const Checkpoint& checkpoint, std::span<const int32_t> tokens, const ConvertOptions& o,
                                         Device& device, const Progress& progress) {
-  const Config config = read_config(checkpoint);
+  const Config config = original_config(checkpoint);
   check_text(tokens, o);
   set_math_threads(1);
   const GqaShape shape = shape_of(checkpoint, config);
   const int64_t D = config.hidden_size, windows = int64_t(tokens.size()) / o.window;
   Original original(checkpoint, config, device);
-  LayerRun run(config, frequencies_of(config, checkpoint), device, o.window, std::min(batch_windows, windows));
+  LayerRun run(config, rope_frequencies(config), device, o.window, std::min(batch_windows, windows));
   std::vector<float> stream = original.embed(tokens.first(size_t(windows * o.window)));
   std::vector<LayerCalibration> out;
   for (int l = 0; l < config.num_hidden_layers; ++l) {
@@ -525,7 +509,7 @@ std::vector<LayerCalibration> calibrate(const Checkpoint& checkpoint, std::span<
 
 Converted convert(const Checkpoint& checkpoint, std::span<const LayerCalibration> calibration, const ConvertOptions& options,
                   Device& device, const Progress& progress) {
-  const Config config = read_config(checkpoint);
+  const Config config = original_config(checkpoint);
   check_convertible(checkpoint, config, options);
   CHECK(int(calibration.size()) == config.num_hidden_layers, "{} layers calibrated of {}", calibration.size(), config.num_hidden_layers);
   const LayerMaker maker(checkpoint, config, options);
@@ -549,8 +533,9 @@ Converted convert(const Checkpoint& checkpoint, std::span<const LayerCalibration
 
 Converted convert(const Checkpoint& checkpoint, std::span<const int32_t> tokens, const ConvertOptions& options, Device& device,
                   const Progress& progress) {
-  const Config config = read_config(checkpoint);
+  const Config config = original_config(checkpoint);
   check_convertible(checkpoint, config, options);
+  check_tensors(checkpoint, config);
   check_text(tokens, options);
   if (!options.sequential && options.refit == Refit::none && !options.refit_down && options.query_steps == 0)
     return convert(checkpoint, calibrate(checkpoint, tokens, options, device, progress), options, device);

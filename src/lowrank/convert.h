@@ -43,7 +43,8 @@ struct LayerCalibration {
   DistanceSums distances;
 };
 
-// Raises Error, before any work, for a model that cannot be converted or options that do not fit it.
+// Raises Error, before any work, for a model that cannot be converted or options that do not fit it. What it says of the tensors themselves
+// is in check_tensors of original.h. `config` is original_config of the checkpoint.
 void check_convertible(const Checkpoint& checkpoint, const Config& config, const ConvertOptions& options);
 // The configuration of what a conversion makes.
 Config converted_config(const Config& config, const ConvertOptions& options);

@@ -4,9 +4,13 @@
 #include "core/check.h"
 #include "core/quant.h"
 #include "io/checkpoint.h"
-#include "model/rope.h"
+#include "model/make_plan.h"
+#include "model/make_source.h"
+
+#include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cmath>
 
 namespace mla {
 namespace {
@@ -38,10 +42,25 @@ GqaShape shape_of(const Checkpoint& checkpoint, const Config& c) {
   return {c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size + (has_biases(checkpoint) ? 1 : 0), c.rope_interleaved};
 }
 
-std::vector<double> frequencies_of(const Config& config, const Checkpoint& checkpoint) {
-  std::vector<float> factors;
-  if (const StoredTensor* stored = checkpoint.find("rope_freqs")) factors = decoded(*stored);
-  return rope_frequencies(config, factors);
+Config original_config(const Checkpoint& checkpoint) {
+  Config config = read_config(checkpoint);
+  if (const StoredTensor* divisors = checkpoint.find("rope_freqs")) recover_llama3(config, *divisors);
+  return config;
+}
+
+void check_tensors(const Checkpoint& checkpoint, const Config& config) {
+  std::vector<std::string> biases, notes;
+  for (const StoredTensor& t : checkpoint.tensors()) {
+    if (t.name.ends_with(".bias")) biases.push_back(t.name);
+    for (float x : decoded(t))
+      if (!std::isfinite(x)) fail_input("tensor {} holds {}; only finite weights can be converted", t.name, x);
+  }
+  std::ranges::sort(biases);
+  for (const TensorPlan& plan : plan_tensors(config, Format::hf, DType::f32, biases, notes)) {
+    const Tensor& t = checkpoint.get(plan.name).value;
+    if (!std::ranges::equal(plan.shape, std::span(t.shape, size_t(t.rank))))
+      fail_input("tensor {} is {}; the configuration asks for [{}]", plan.name, describe(t), fmt::join(plan.shape, ", "));
+  }
 }
 
 Original::Original(const Checkpoint& checkpoint, const Config& config, Device& device)

@@ -15,8 +15,11 @@ struct StoredTensor;
 
 std::vector<float> decoded(const StoredTensor& tensor);
 bool has_biases(const Checkpoint& checkpoint);  // on queries, keys or values
+// The configuration with Llama 3's scaling by its name, of which a GGUF has the divisors alone. Raises Error for divisors of another kind.
+Config original_config(const Checkpoint& checkpoint);
+// Raises Error for tensors of other shapes than the configuration asks for, and for numbers that are not finite; reads the whole model.
+void check_tensors(const Checkpoint& checkpoint, const Config& config);
 GqaShape shape_of(const Checkpoint& checkpoint, const Config& config);
-std::vector<double> frequencies_of(const Config& config, const Checkpoint& checkpoint);
 
 // A layer of the original on the device, its quantised weights as f32, so that what is calibrated is the model and not its rounding.
 class Original {

@@ -96,6 +96,26 @@ TEST(Convert, ASweepMeasuresSizesAndMethodsFromOneCalibration) {
                 p["log_perplexity_lost"].get<double>(), 1e-6);
   }
   for (const auto& entry : fs::directory_iterator(out)) EXPECT_FALSE(entry.is_directory()) << entry.path();
+  // Its own tables it replaces, if asked to.
+  std::vector<std::string> again{"convert",
+                                 file,
+                                 "-o",
+                                 out,
+                                 "--sweep",
+                                 "--sweep-cuts",
+                                 "50%",
+                                 "--sweep-methods",
+                                 "qr",
+                                 "--calibrate",
+                                 path("calibration.txt"),
+                                 "--calibration-window",
+                                 "64",
+                                 "--evaluate-windows",
+                                 "1"};
+  EXPECT_EQ(run(again).code, 2);
+  again.emplace_back("--force");
+  ASSERT_EQ(run(again).code, 0);
+  EXPECT_EQ(Json::parse(read_text(fs::path(out) / "sweep.json"))["points"].size(), 1U);
 }
 
 TEST(Convert, SearchesTheBalanceOnCalibrationTextItHasNotSeen) {
@@ -108,7 +128,8 @@ TEST(Convert, SearchesTheBalanceOnCalibrationTextItHasNotSeen) {
     double share = 0, kl = 0;
     if (std::sscanf(line.c_str(), "mla: β = %lf: KL %lf", &share, &kl) == 2 && kl < least) least = kl, best = share;
   }
-  EXPECT_NE(read_text(path("searched/README.md")).find("| values' share β | " + std::to_string(best).substr(0, best < 1 ? 3 : 1) + " |"),
+  EXPECT_NE(read_text(path("searched/README.md"))
+                .find("| values' share β | " + std::to_string(best).substr(0, best < 1 ? 3 : 1) + ", searched |"),
             std::string::npos)
       << best;
 }

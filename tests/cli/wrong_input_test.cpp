@@ -205,6 +205,12 @@ TEST_F(WrongInput, Convert) {
   refused({"--kv-lora-rank", "16", "--rope-dim", "8", "--rope-theta", "1.5"}, {"rotary width of 8", "1.5"});
   refused({"--cut", "50%", "--rope-theta", "-3"}, {"rotary base is -3"});
   refused({"--cut", "50%", "--q-lora-rank", "300"}, {"query latent of 300"});
+  refused({"--cut", "50%", "--value-share", "0"}, {"β is 0"});
+  refused({"--cut", "50%", "--query-steps", "-1"}, {"--query-steps is -1"});
+  refused({"--cut", "50%", "--output-ridge", "-2"}, {"--output-ridge is -2"});
+  refused({"--cut", "50%", "--down-ridge", "nan"}, {"--down-ridge is nan"});
+  refused({"--cut", "50%", "--search", "--calibration-window", "0"}, {"--calibration-window is 0"});
+  refused({"--cut", "50%", "--calibration-tokens", "-5"}, {"--calibration-tokens is -5"});
   refused({"--cut", "50%", "--sweep"}, {"--sweep-cuts"});
   refused({"--sweep", "--sweep-cuts", "50%,all"}, {"\"all\""});
   refused({"--sweep", "--sweep-methods", "svd,,qr"}, {"--sweep-methods"});
@@ -235,6 +241,16 @@ TEST_F(WrongInput, Convert) {
   fs::create_directories(path("photos"));
   write_text(path("photos/a.jpg"), "x");
   expect_refused({"convert", gqa, "-o", path("photos"), "--cut", "50%", "--calibrate", path("text.txt"), "--force"}, {"something else"});
+  // What is read would go with the folder that --force replaces; a sweep does not replace a model.
+  fs::create_directories(path("source"));
+  write_text(path("source/config.json"), "{}");
+  fs::copy_file(gqa, path("source/model.gguf"));
+  expect_refused({"convert", path("source/model.gguf"), "-o", path("source"), "--cut", "50%", "--calibrate", path("text.txt"), "--force"},
+                 {"lies in"});
+  EXPECT_TRUE(fs::exists(path("source/model.gguf")));
+  write_text(path("full/text.txt"), "text");
+  expect_refused({"convert", gqa, "-o", path("full"), "--cut", "50%", "--calibrate", path("full/text.txt"), "--force"}, {"lies in"});
+  expect_refused({"convert", gqa, "-o", path("full"), "--sweep", "--calibrate", path("text.txt"), "--force"}, {"than a sweep"});
   expect_refused({"convert", gqa, "-o", path("no/such/out"), "--cut", "50%", "--calibrate", path("text.txt")}, {"no folder"});
 }
 

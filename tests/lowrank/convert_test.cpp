@@ -5,6 +5,7 @@
 #include "core/threads.h"
 #include "io/checkpoint.h"
 #include "lowrank/layer_run.h"
+#include "lowrank/original.h"
 #include "model/make.h"
 #include "model/rope.h"
 #include "random.h"
@@ -14,6 +15,8 @@
 #include <nlohmann/json.hpp>
 
 #include <cmath>
+#include <fstream>
+#include <tuple>
 
 namespace mla::test {
 namespace {
@@ -353,6 +356,32 @@ TEST_F(ConvertModel, WhatCannotBeConvertedIsRefusedBeforeWork) {
   refused(plain, o, "31 tokens");
 }
 
+// Files whose configuration promises other shapes than the tensors have: reading them by it would go beyond their ends.
+TEST_F(ConvertModel, TensorsOfOtherShapesAreRefused) {
+  for (const auto& [name, value, said] : {std::tuple("vocab_size", 140, "embed is"),
+                                          {"intermediate_size", 80, "layers.0.ffn.gate is"},
+                                          {"num_key_value_heads", 4, "layers.0.attn.k is"},
+                                          {"hidden_size", 64, "embed is"}}) {
+    const fs::path folder = folder_.path / name;
+    make_random(llama(2), folder, DType::f32, 1, device_->threads());
+    nlohmann::json config = nlohmann::json::parse(std::ifstream(folder / "config.json"));
+    config[name] = value;
+    std::ofstream(folder / "config.json") << config;
+    const Checkpoint broken = Checkpoint::open(folder);
+    try {
+      check_tensors(broken, original_config(broken));
+      ADD_FAILURE() << name;
+    } catch (const Error& e) { EXPECT_NE(std::string(e.what()).find(said), std::string::npos) << e.what(); }
+  }
+  Replacement biased{llama(2, {{"attention_bias", true}}), {}, {}};
+  for (const char* bias : {"q", "k", "v", "o"})
+    for (int l : {0, 1})
+      biased.tensors[fmt::format("layers.{}.attn.{}.bias", l, bias)] = std::vector<float>(bias[0] == 'q' ? 64 : bias[0] == 'o' ? 48 : 32);
+  export_hf(random(llama(2)), biased, folder_.path / "biased", DType::f32, device_->threads());
+  const Checkpoint whole = Checkpoint::open(folder_.path / "biased");
+  EXPECT_NO_THROW(check_tensors(whole, original_config(whole)));
+}
+
 TEST_F(ConvertModel, LlamaThreesScalingSurvives) {
   const Checkpoint original = random(llama(1, {{"rope_scaling",
                                                 {{"rope_type", "llama3"},
@@ -362,6 +391,25 @@ TEST_F(ConvertModel, LlamaThreesScalingSurvives) {
                                                  {"original_max_position_embeddings", 64}}}}));
   const std::vector<int32_t> long_text = random_ids(300, 9);
   EXPECT_LT(distance(logits(original, *device_, long_text), logits(converted(original, sized(17, 16)), *device_, long_text)), 1e-4);
+}
+
+// A GGUF has the scaling as divisors of the frequencies alone.
+TEST_F(ConvertModel, LlamaThreesScalingSurvivesOutOfGguf) {
+  const fs::path file = folder_.path / "llama3.gguf";
+  make_random(llama(1, {{"rope_theta", 500000.0},
+                        {"rope_scaling",
+                         {{"rope_type", "llama3"},
+                          {"factor", 8.0},
+                          {"low_freq_factor", 1.0},
+                          {"high_freq_factor", 4.0},
+                          {"original_max_position_embeddings", 8192}}}}),
+              file, DType::f32, 1, device_->threads());
+  const Checkpoint original = Checkpoint::open(file);
+  ASSERT_TRUE(original.find("rope_freqs"));
+  const std::vector<int32_t> text = random_ids(100, 9);
+  const Checkpoint ours = converted(original, sized(17, 16));
+  EXPECT_EQ(read_config(ours).rope_scaling.type, RopeScaling::Type::llama3);
+  EXPECT_LT(distance(logits(original, *device_, text), logits(ours, *device_, text)), 1e-4);
 }
 
 TEST_F(ConvertModel, AnInterruptEndsIt) {

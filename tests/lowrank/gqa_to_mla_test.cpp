@@ -167,20 +167,20 @@ TEST(ConvertLayer, TheNormIsHarmlessWithAConstantChannel) {
     o.latent_norm = norm;
     o.kv_lora_rank = norm == LatentNorm::scale ? 11 : 12;  // as many elements for keys and values
     const MlaMatrices m = convert_layer(shape, w, moments, o, eps);
+    Matrix down(o.kv_lora_rank, shape.hidden);
+    std::copy_n(m.kv_a.data.begin(), down.data.size(), down.data.begin());
+    const double factor = neutral_norm(norm, down, moments, eps).factor;  // which kv_b has, and the norm takes away again
     double worst = 0, largest = 0;
     for (uint64_t seed = 0; seed < 20; ++seed) {
       std::vector<double> x = random_vector(shape.hidden, 40 + seed);
       for (double& v : x) v *= scale;
-      // Without the norm, W_UK and W_UV meet the latent itself; kv_b has what the norm's weight lacks.
+      // Without the norm, W_UK and W_UV meet the latent itself.
       const std::vector<double> latent = normed_latent(m, x), row = times(m.kv_a, x);
-      const double factor = [&] {
-        double near = 0, squares = 0;
-        for (size_t i = 0; i < 11; ++i) near += latent[i] * row[i], squares += row[i] * row[i];
-        return near / squares;
-      }();
-      for (size_t i = 0; i < 11; ++i)
-        worst = std::max(worst, std::fabs(latent[i] / factor - row[i])), largest = std::max(largest, std::fabs(row[i]));
-      worst = std::max(worst, largest * std::fabs(factor - (norm == LatentNorm::scale ? 1 : factor)));
+      std::vector<double> plain(row.begin(), row.begin() + o.kv_lora_rank);
+      if (norm == LatentNorm::constant) plain[11] = 0;
+      const std::vector<double> with = times(m.kv_b, latent), without = times(m.kv_b, plain);
+      for (size_t i = 0; i < with.size(); ++i)
+        worst = std::max(worst, std::fabs(with[i] - without[i] / factor)), largest = std::max(largest, std::fabs(with[i]));
       if (norm == LatentNorm::constant) {
         EXPECT_EQ(latent[11], 0);  // nothing of it in the cache
         double rms = 0;
