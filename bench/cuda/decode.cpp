@@ -1,6 +1,6 @@
 // Absorbed decode on the GPU: checks each shape against the portable kernel, then times it beside the machine's limits and FlashMLA's
-// figures.
-//   bench_cuda_decode [part of a shape's name] [what an item costs, in tiles] [fewest tiles of a piece]
+// figures (bf16), or the bf16 cache (fp8).
+//   bench_cuda_decode [bf16 or fp8] [part of a shape's name] [what an item costs, in tiles] [fewest tiles of a piece]
 // A shape's name is heads x batch x queries x context, as 16x64x1x4096.
 #include "cuda/decode.h"
 #include "core/check.h"
@@ -44,20 +44,21 @@ std::vector<Shape> shapes() {
   return list;
 }
 
-constexpr KvFormat format{KvLayout::mla(512, 64), DType::bf16};
+constexpr KvFormat bf16_format{KvLayout::mla(512, 64), DType::bf16}, f8_format{bf16_format.layout, DType::f8};
 constexpr int d_k = 576, d_v = 512, page_tokens = 64, runs = 30;
-constexpr int64_t page_bytes = page_tokens * format.row_bytes();
 
 class Bench {
  public:
   Bench(int64_t pages, DecodeCosts costs)
       : costs_(costs),
         pages_(pages),
-        cache_(size_t(pages * page_bytes)),
+        cache_(size_t(pages * page_tokens * bf16_format.row_bytes())),
+        codes_(size_t(pages * page_tokens * f8_format.row_bytes())),
         flush_(size_t(256) << 20),
         q_(size_t(264) * 128 * d_k * 2),
         o_(q_.bytes() * 2) {
     fill_normal(cache_.data(), cache_.bytes() / 2, 1, nullptr);
+    fill_f8_rows(codes_.data(), size_t(pages * page_tokens), 3, nullptr);
     fill_normal(q_.data(), q_.bytes() / 2, 2, nullptr);
     check(cudaEventCreate(&begin_));
     check(cudaEventCreate(&end_));
@@ -97,8 +98,8 @@ class Bench {
     fmt::print("limits: read {:.0f} GB/s, copy {:.0f} GB/s, bf16 product of 8192³ {:.0f} TFLOP/s\n", read_gb_s_, copy, tflop_s_);
   }
 
-  // Returns FlashMLA's time over ours.
-  double run(const Shape& s) {
+  // Returns the µs.
+  double run(const Shape& s, const KvFormat& format, double peer_us) {
     const int per_sequence = s.context / page_tokens;
     std::vector<int32_t> pages(static_cast<size_t>(pages_));
     std::iota(pages.begin(), pages.end(), 0);
@@ -112,7 +113,7 @@ class Bench {
     const int64_t rows = int64_t(s.batch) * s.queries * s.heads;
     const float scale = 1 / std::sqrt(192.0F);
     const GpuBuffer lse(size_t(rows) * 4);
-    const Kv kv{format, cache_.data(), page_bytes, page_tokens};
+    const Kv kv{format, (format.type == DType::f8 ? codes_ : cache_).data(), page_tokens * format.row_bytes(), page_tokens};
     DecodeCall call{
         q_.data(),     s.batch * s.queries, kv, uploaded.view(), s.heads, scale, false, o_.data(), reinterpret_cast<float*>(lse.data()),
         scratch.data()};
@@ -123,13 +124,13 @@ class Bench {
     const double us = time([&] { decode_sm90(call, nullptr); });
 
     const double flop = 2.0 * double(rows) * s.context * (d_k + d_v);
-    const double bytes = 2.0 * (double(s.batch) * s.context * d_k + double(rows) * (d_k + d_v));
+    const double bytes = double(s.batch) * s.context * double(format.row_bytes()) + 2.0 * double(rows) * (d_k + d_v);
     const double limit = std::max(1e-3 * bytes / read_gb_s_, 1e-6 * flop / tflop_s_);
     fmt::print("{:>5} {:>5} {:>3} {:>6} | {:>7.1f} {:>5.0f} {:>4.0f}% {:>5.0f} {:>4.0f}% | {:>4.0f}% | {:>7.1f} {:>5.2f} | {:.1e} {}\n",
                s.heads, s.batch, s.queries, s.context, us, 1e-3 * bytes / us, 100e-3 * bytes / us / read_gb_s_, 1e-6 * flop / us,
-               100e-6 * flop / us / tflop_s_, 100 * limit / us, s.flash_us, s.flash_us / us, error, plan.slots);
+               100e-6 * flop / us / tflop_s_, 100 * limit / us, peer_us, peer_us / us, error, plan.slots);
     std::fflush(stdout);
-    return s.flash_us / us;
+    return us;
   }
 
  private:
@@ -158,25 +159,28 @@ class Bench {
 
   DecodeCosts costs_;
   int64_t pages_;
-  GpuBuffer cache_, flush_, q_, o_;
+  GpuBuffer cache_, codes_, flush_, q_, o_;
   cudaEvent_t begin_{}, end_{};
   int processors_ = 0;
   double read_gb_s_ = 0, tflop_s_ = 0;
 };
 
-int run(const std::string& wanted, DecodeCosts costs) {
+int run(bool f8, const std::string& wanted, DecodeCosts costs) {
   const std::vector<Shape> all = shapes();
   int64_t pages = 0;
   for (const Shape& s : all) pages = std::max(pages, int64_t(s.batch) * s.context / page_tokens);
   Bench bench(pages, costs);
   bench.limits();
-  fmt::print("heads batch  q context |      µs  GB/s  of read TFLOP/s of product | of limit | FlashMLA ratio | error slots\n");
+  fmt::print("heads batch  q context |      µs  GB/s  of read TFLOP/s of product | of limit | {:>8} ratio | error slots\n",
+             f8 ? "bf16" : "FlashMLA");
   double sum = 0;
   int count = 0;
   for (const Shape& s : all)
-    if (fmt::format("{}x{}x{}x{}", s.heads, s.batch, s.queries, s.context).find(wanted) != std::string::npos)
-      sum += std::log(bench.run(s)), ++count;
-  fmt::print("geometric mean of FlashMLA's time over ours: {:.3f}\n", std::exp(sum / std::max(1, count)));
+    if (fmt::format("{}x{}x{}x{}", s.heads, s.batch, s.queries, s.context).find(wanted) != std::string::npos) {
+      const double us = bench.run(s, bf16_format, s.flash_us);
+      sum += std::log(f8 ? us / bench.run(s, f8_format, us) : s.flash_us / us), ++count;
+    }
+  fmt::print("geometric mean of {}'s time over ours: {:.3f}\n", f8 ? "bf16" : "FlashMLA", std::exp(sum / std::max(1, count)));
   return 0;
 }
 
@@ -185,9 +189,9 @@ int run(const std::string& wanted, DecodeCosts costs) {
 
 int main(int argc, char** argv) try {
   mla::cuda::DecodeCosts costs;
-  if (argc > 2) costs.item = std::atoi(argv[2]);
-  if (argc > 3) costs.fewest_tiles = std::atoi(argv[3]);
-  return mla::cuda::run(argc > 1 ? argv[1] : "", costs);
+  if (argc > 3) costs.item = std::atoi(argv[3]);
+  if (argc > 4) costs.fewest_tiles = std::atoi(argv[4]);
+  return mla::cuda::run(argc > 1 && argv[1] == std::string("fp8"), argc > 2 ? argv[2] : "", costs);
 } catch (const mla::Error& e) {
   fmt::print(stderr, "{}\n", e.what());
   return 1;

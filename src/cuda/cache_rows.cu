@@ -85,16 +85,20 @@ __global__ void __launch_bounds__(256) latents_kernel(float* rows, const float* 
   for (int i = thread; i < d_c; i += 256) {
     const float y = row[i] * scale * norm[i];
     row[i] = y;
-    write_plain(f.type, to, i, y);
+    if (!f.coded()) write_plain(f.type, to, i, y);
   }
   for (int i = thread; i < half; i += 256) {
     const int at = d_c + (interleaved ? 2 * i : i), other = d_c + (interleaved ? 2 * i + 1 : i + half);
     const float c = cos_sin[(int64_t(blockIdx.x) * half + i) * 2], s = cos_sin[(int64_t(blockIdx.x) * half + i) * 2 + 1], a = row[at],
                 b = row[other];
     row[at] = a * c - b * s, row[other] = a * s + b * c;
+    if (f.coded()) continue;
     write_plain(f.type, to, at, a * c - b * s);
     write_plain(f.type, to, other, a * s + b * c);
   }
+  if (!f.coded()) return;
+  __syncthreads();
+  write_codes(f, to, [row](int e) { return row[e]; });
 }
 
 __global__ void load_kernel(float* rows, int64_t stride, const int32_t* page, int64_t first, RowFormat f, Pages pages) {
@@ -142,7 +146,7 @@ void CudaDevice::store_latents(Tensor rows, Tensor norm, float eps, Tensor cos_s
   const int64_t n = rows.shape[0], d_c = norm.count(), d_R = rows.shape[1] - d_c;
   require(n == int64_t(slots.size()) && d_R >= 0 && d_R % 2 == 0 && cos_sin.count() == n * d_R && cos_sin.contiguous(), "these latents",
           rows, cos_sin);
-  if (kv.format.coded() || !rows.contiguous()) return Device::store_latents(rows, norm, eps, cos_sin, interleaved, slots, kv);
+  if (!rows.contiguous()) return Device::store_latents(rows, norm, eps, cos_sin, interleaved, slots, kv);
   if (n == 0) return;
   ArenaScope scope(scratch_);
   launch(latents_kernel, unsigned(n), 256, 0, stream_, rows.f32(), norm.f32(), eps, int(d_c), cos_sin.f32(), interleaved, on_gpu(slots),

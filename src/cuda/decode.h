@@ -1,4 +1,4 @@
-// Absorbed MLA decode on the GPU: attention of a few queries of each sequence over pages of bf16 latents.
+// Absorbed MLA decode on the GPU: attention of a few queries of each sequence over pages of latents.
 #pragma once
 
 #include "cuda/decode_plan.h"
@@ -32,7 +32,7 @@ class UploadedPlan {
 struct DecodeCall {
   const void* q;  // bf16 [n, n_h, d_c + d_R]
   int n;
-  Kv kv;  // bf16, MLA's layout; page_tokens is a multiple of 64
+  Kv kv;  // bf16 or f8, MLA's layout; page_tokens is a multiple of 64
   DeviceDecodePlan plan;
   int n_h;
   float scale;

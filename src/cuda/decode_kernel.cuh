@@ -1,58 +1,11 @@
 // The kernel of absorbed decode, for rows of Tiles × 64 columns whose first Values columns are the values.
 #pragma once
 
-#include "cuda/decode.h"
+#include "cuda/decode_codes.cuh"
 #include "cuda/decode_softmax.cuh"
-#include "cuda/ptx.cuh"
 #include "cuda/wgmma.cuh"
 
 namespace mla::cuda {
-
-constexpr int decode_threads = 384;  // two warpgroups that compute, one whose first two warps load
-constexpr int box_bytes = 64 * 128;  // 64 rows × 64 columns of bf16
-
-template <int Tiles, int Values>
-struct DecodeShape {
-  static constexpr int boxes = Tiles;
-  static constexpr int values = Values;
-  static constexpr int value_boxes = Values / 64;
-  static constexpr int half_boxes = value_boxes > 1 ? value_boxes / 2 : 1;  // of values that the first warpgroup reads
-  static constexpr int columns = Values / 2;                                // of the output, a warpgroup
-  static constexpr int registers = columns / 2;                             // of it, a thread
-  static constexpr bool shared_box = value_boxes == 1;                      // both warpgroups read the one box of values
-  static constexpr int tile_bytes = Tiles * box_bytes;
-  static constexpr int shared_bytes = 3 * tile_bytes + 2048;
-};
-
-struct DecodeArguments {
-  DecodeCall call;
-  DecodePartials partial;
-  bool start_merge;  // while the last results are stored
-};
-
-// What a block keeps in shared memory beside the queries and two tiles.
-template <class S>
-struct DecodeShared {
-  uint64_t full[2][S::boxes];  // a box of a tile has come
-  uint64_t empty[2][2];        // what a warpgroup read last of a tile may be overwritten
-  uint64_t q_full, q_empty;
-  float m[2][block_rows];  // the maxima after each warpgroup's softmax
-  float l[2][block_rows];  // the warpgroups' shares of the sums
-};
-
-extern __shared__ __align__(1024) uint8_t decode_memory[];
-
-// Where things are in it. Its address is a constant, so that nothing of this takes registers.
-template <class S>
-struct DecodeBlock {
-  __device__ static uint8_t* q() { return decode_memory; }  // [boxes][64 rows][64 columns]
-  // The same; the last box, read for scores alone, then holds the probabilities for the other warpgroup.
-  __device__ static uint8_t* k(int tile) { return decode_memory + (1 + tile) * S::tile_bytes; }
-  __device__ static uint8_t* probabilities(int tile) { return k(tile) + (S::boxes - 1) * box_bytes; }
-  __device__ static DecodeShared<S>& shared() { return *reinterpret_cast<DecodeShared<S>*>(decode_memory + 3 * S::tile_bytes); }
-};
-
-enum NamedBarrier { sums_written = 1, even_handed_over, odd_handed_over, even_cleared, odd_cleared };
 
 // The warps that load: queries in boxes of 16 rows, tiles box by box in the order in which the warpgroups free and need them.
 template <class S>
@@ -153,7 +106,7 @@ struct DecodeGroup {
   int group, thread, warp, lane;  // of the warpgroup
   int row;                        // this thread's rows are row and row + 8, its columns 8 i + 2 (lane % 4) + {0, 1}
   uint32_t values_at;             // this warpgroup's columns, in bytes from a tile's first
-  int parity[2] = {0, 0};
+  int parity[2] = {0, 0}, hand_parity = 0;
 
   __device__ explicit DecodeGroup(int group_) : group(group_) {
     thread = int(threadIdx.x) & 127, warp = thread / 32, lane = thread & 31;
@@ -215,12 +168,14 @@ struct DecodeGroup {
     }
     if ((lane & 3) == 0) b.shared().m[tile][row] = m[0], b.shared().m[tile][row + 8] = m[1];
     publish_shared();
-    named_arrive(tile == 0 ? even_handed_over : odd_handed_over, 256);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&b.shared().handed_over[tile]);
   }
 
   // Takes over the other warpgroup's maxima: what this one holds is brought to them.
-  __device__ void take_over(float (&o)[S::registers], float (&m)[2], float (&l)[2], int tile) const {
-    named_sync(tile == 0 ? even_handed_over : odd_handed_over, 256);
+  __device__ void take_over(float (&o)[S::registers], float (&m)[2], float (&l)[2], int tile) {
+    barrier_wait(&b.shared().handed_over[tile], hand_parity);
+    hand_parity ^= 1;
     const float next[2] = {b.shared().m[tile][row], b.shared().m[tile][row + 8]};
     const float factor[2] = {rescale(m[0], next[0]), rescale(m[1], next[1])};
     m[0] = next[0], m[1] = next[1];
@@ -379,9 +334,10 @@ __device__ void init_barriers() {
   constexpr DecodeBlock<S> b{};
   if (shared_address(decode_memory) % 1024 != 0) __trap();  // swizzles count from there
   for (int tile = 0; tile < 2; ++tile) {
-    for (int box = 0; box < S::boxes; ++box) barrier_init(&b.shared().full[tile][box], 1);
+    for (int box = 0; box < S::boxes; ++box) barrier_init(&b.shared().full[tile][box], !S::codes ? 1 : box == S::boxes - 1 ? 4 : 8);
     barrier_init(&b.shared().empty[tile][0], S::shared_box ? 8 : 4);
     barrier_init(&b.shared().empty[tile][1], 4);
+    barrier_init(&b.shared().handed_over[tile], 4);
   }
   barrier_init(&b.shared().q_full, 1);
   barrier_init(&b.shared().q_empty, 8);
@@ -410,19 +366,21 @@ __global__ void __launch_bounds__(decode_threads, 1)
 
   const int group = __shfl_sync(~0u, int(threadIdx.x) / 128, 0);
   if (group == 2) {
-    give_registers<56>();
+    give_registers<S::loader_registers>();
     const int warp = int(threadIdx.x) / 32 - 8;
     DecodeLoader<S> loader(&q_map, &kv_map, a.call);
-    for (int i = begin; i < end && warp < 2; ++i) {
+    [[maybe_unused]] CodeLoader<S> codes(a.call);
+    for (int i = begin; i < end && (S::codes || warp < 2); ++i) {
       if (i > begin) item = a.call.plan.items[i];
       if (first >= item.rows) continue;
-      if (warp == 0)
+      if (warp == (S::codes ? 0 : 1)) loader.queries(item, first);
+      if constexpr (S::codes)
+        codes.tiles(item, i == begin, first_page);
+      else if (warp == 0)
         loader.tiles(item, i == begin, first_page);
-      else
-        loader.queries(item, first);
     }
   } else {
-    take_registers<224>();
+    take_registers<S::group_registers>();
     DecodeGroup<S> g(group);
     int q_parity = 0;
     for (int i = begin; i < end; ++i) {

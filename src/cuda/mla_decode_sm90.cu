@@ -24,23 +24,26 @@ void launch(const DecodeCall& call, cudaStream_t stream) {
   early.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &early;
   config.numAttrs = 1;
-  check(
-      cudaLaunchKernelEx(&config, kernel, query_map(call.q, int64_t(call.n) * call.n_h, call.kv.format.layout.d_k), cache_map(call.kv), a));
+  const CUtensorMap queries = query_map(call.q, int64_t(call.n) * call.n_h, call.kv.format.layout.d_k);
+  check(cudaLaunchKernelEx(&config, kernel, queries, S::codes ? queries : cache_map(call.kv), a));
   if (plan.merges > 0) merge_decode(call, a.partial, S::values, stream);
 }
 
 struct Instance {
-  int d_k, d_v;  // at most d_k
+  DType type;
+  int d_k, d_v;  // at most d_k; of codes just d_k
   void (*launch)(const DecodeCall&, cudaStream_t);
 };
-constexpr Instance instances[] = {
-    {576, 512, launch<DecodeShape<9, 512>>}, {192, 128, launch<DecodeShape<3, 128>>}, {128, 64, launch<DecodeShape<2, 64>>}};
+constexpr Instance instances[] = {{DType::bf16, 576, 512, launch<DecodeShape<9, 512>>},
+                                  {DType::bf16, 192, 128, launch<DecodeShape<3, 128>>},
+                                  {DType::bf16, 128, 64, launch<DecodeShape<2, 64>>},
+                                  {DType::f8, 576, 512, launch<DecodeShape<9, 512, true>>}};
 
 const Instance* find(const Kv& kv) {
   const KvLayout& l = kv.format.layout;
-  if (kv.format.type != DType::bf16 || !l.v_in_k || l.heads != 1 || kv.page_tokens % tile_tokens != 0 || l.d_k % 8 != 0) return nullptr;
+  if (!l.v_in_k || l.heads != 1 || kv.page_tokens % tile_tokens != 0 || l.d_k % 8 != 0) return nullptr;
   for (const Instance& i : instances)
-    if (l.d_v == i.d_v && l.d_k > i.d_v && l.d_k <= i.d_k) return &i;
+    if (kv.format.type == i.type && l.d_v == i.d_v && l.d_k > i.d_v && (i.type == DType::f8 ? l.d_k == i.d_k : l.d_k <= i.d_k)) return &i;
   return nullptr;
 }
 

@@ -87,6 +87,7 @@ class AttentionTest : public testing::TestWithParam<Case> {
     std::vector<GpuSpan> table;
     std::vector<int32_t> page_list;
     list_spans(spans, c.page_tokens, table, page_list);
+    const size_t pages_in_all = page_list.size();
     page_list.push_back(0);
     const GpuBuffer cache_gpu = upload<uint16_t>(cache), q_gpu = upload<float>(q), table_gpu = upload<GpuSpan>(table),
                     pages_gpu = upload<int32_t>(page_list);
@@ -114,10 +115,8 @@ class AttentionTest : public testing::TestWithParam<Case> {
     call.spans.count = int(table.size()), call.one = table[0], call.page = page_list[0];
     for (const Span& s : spans)
       call.spans.most_queries = std::max(call.spans.most_queries, s.count), call.most_seen = std::max(call.most_seen, s.kv_count);
-    if (table.size() > 1) {
-      call.spans.spans = reinterpret_cast<const GpuSpan*>(table_gpu.data());
-      call.spans.pages = reinterpret_cast<const int32_t*>(pages_gpu.data());
-    }
+    if (table.size() > 1) call.spans.spans = reinterpret_cast<const GpuSpan*>(table_gpu.data());
+    if (table.size() > 1 || pages_in_all > 1) call.spans.pages = reinterpret_cast<const int32_t*>(pages_gpu.data());
     attend();
     expect_close(expected, o, lse);
 

@@ -20,6 +20,7 @@ struct Case {
   int page_tokens = 64;
   bool causal = true;
   double spread = 1;  // of the scores
+  DType type = DType::bf16;
 };
 
 const std::vector<int> mixed = {0, 1, 63, 64, 65, 128, 200, 5, 577};
@@ -42,6 +43,11 @@ const Case cases[] = {
     {"d_c_64", 9, 64, 32, 1, mixed},
     {"d_c_128_pairs", 128, 128, 64, 1, mixed},
     {"d_c_64_d_R_64", 70, 64, 64, 1, {700, 90, 64}},
+    {"lite_fp8", 16, 512, 64, 1, mixed, 64, true, 1, DType::f8},
+    {"v2_two_queries_fp8", 128, 512, 64, 2, {2, 66, 300, 129}, 64, true, 1, DType::f8},
+    {"four_queries_fp8", 16, 512, 64, 4, {1, 4, 66, 300, 1000}, 128, true, 1, DType::f8},
+    {"many_pieces_fp8", 16, 512, 64, 1, {9000}, 64, true, 1, DType::f8},
+    {"wide_scores_fp8", 16, 512, 64, 1, {500, 1500}, 64, true, 30, DType::f8},
 };
 
 void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
@@ -53,12 +59,27 @@ bool has_gpu(bool hopper) {
   return !hopper || (p.major == 9 && p.minor == 0);
 }
 
+// A row of bf16 or of f8.
+void write_row(const KvFormat& f, const std::vector<float>& row, std::byte* to) {
+  auto* kept = reinterpret_cast<uint16_t*>(to + (f.coded() ? f.kept_offset() : 0));
+  const int64_t codes = f.quantised();
+  for (size_t i = 0; i < row.size(); ++i)
+    if (int64_t(i) >= codes) *kept++ = f32_to_bf16(row[i]);
+  for (int64_t g = 0; g < codes; g += f.group()) {
+    float most = 0;
+    for (int64_t i = g; i < g + f.group(); ++i) most = std::max(most, std::fabs(row[size_t(i)]));
+    const float scale = f8_scale(most);
+    std::memcpy(to + f.scale_offset() + g / f.group() * 4, &scale, 4);
+    for (int64_t i = g; i < g + f.group(); ++i) to[i] = std::byte(f32_to_f8(row[size_t(i)] / scale));
+  }
+}
+
 class Decode : public testing::TestWithParam<Case> {
  protected:
   // Fills cache and queries, runs `kernel` with a plan for `processors`, and compares.
   void run(void (*kernel)(const DecodeCall&, cudaStream_t), int processors) {
     const Case& c = GetParam();
-    const KvFormat format{KvLayout::mla(c.d_c, c.d_R), DType::bf16};
+    const KvFormat format{KvLayout::mla(c.d_c, c.d_R), c.type};
     const int d_k = c.d_c + c.d_R, sequences = int(c.lengths.size());
     auto pages_of = [&](int length) { return (length + c.page_tokens - 1) / c.page_tokens; };
     const int pages = std::transform_reduce(c.lengths.begin(), c.lengths.end(), 3, std::plus<>(), pages_of);
@@ -67,16 +88,17 @@ class Decode : public testing::TestWithParam<Case> {
     for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_bits(1, i) % i]);
 
     const int64_t page_bytes = c.page_tokens * format.row_bytes();
-    std::vector<uint16_t> cache(static_cast<size_t>(pages * page_bytes / 2), 0x7fff);  // NaN
-    const Kv host{format, reinterpret_cast<std::byte*>(cache.data()), page_bytes, c.page_tokens};
+    std::vector<std::byte> cache(static_cast<size_t>(pages * page_bytes), std::byte(0xff));  // NaN in every type, or in its scales
+    const Kv host{format, cache.data(), page_bytes, c.page_tokens};
     std::vector<Span> spans;
     int next = 0;
     for (int s = 0; s < sequences; ++s) {
       const int length = c.lengths[size_t(s)];
       spans.push_back({s * c.queries, c.queries, length - c.queries, 0, length, order.data() + next});
       for (int j = 0; j < length; ++j) {
-        auto* row = reinterpret_cast<uint16_t*>(host.row(order[size_t(next + j / c.page_tokens)], j % c.page_tokens));
-        for (int i = 0; i < d_k; ++i) row[i] = f32_to_bf16(float(random_normal(uint64_t(7 + s), uint64_t(j) * 1024 + uint64_t(i))));
+        std::vector<float> row(static_cast<size_t>(d_k));
+        for (int i = 0; i < d_k; ++i) row[size_t(i)] = float(random_normal(uint64_t(7 + s), uint64_t(j) * 1024 + uint64_t(i)));
+        write_row(format, row, host.row(order[size_t(next + j / c.page_tokens)], j % c.page_tokens));
       }
       next += pages_of(length);
     }
@@ -89,7 +111,7 @@ class Decode : public testing::TestWithParam<Case> {
 
     const DecodePlan plan = plan_decode(spans, c.causal, c.n_h, c.page_tokens, processors);
     const UploadedPlan uploaded(plan, nullptr);
-    const GpuBuffer cache_gpu = upload<uint16_t>(cache), q_gpu = upload<uint16_t>(q_bf16);
+    const GpuBuffer cache_gpu = upload<std::byte>(cache), q_gpu = upload<uint16_t>(q_bf16);
     const GpuBuffer scratch(decode_scratch_bytes(plan, c.d_c));
     for (const bool f32 : {true, false}) {
       const GpuBuffer o(size_t(rows * c.d_c) * 4), lse(size_t(rows) * 4);
