@@ -28,7 +28,7 @@ struct BenchOptions {
   ModelOptions model;
   std::string prompts = "512", depths = "0,4096", batches = "1,16";
   int repeat = 5, steps = 16;
-  bool ops = false, json = false;
+  bool ops = false, fit = false, json = false;
 };
 
 struct Row {
@@ -118,6 +118,14 @@ class Bench {
       if (r >= 0) add(row, double(batch) / seconds, row.bytes / seconds / 1e9 / ceilings.read_gb_s, ceilings);
     }
     return row;
+  }
+
+  // Sequences of `length` tokens that the memory holds; a sixteenth of it is left to activations.
+  int64_t fitting(int64_t length) const {
+    const double row = double(KvFormat{model_.config().kv_layout(), kv_type_}.row_bytes()) * model_.config().num_hidden_layers;
+    constexpr int64_t page = LatentCache::page_tokens;
+    const double sequence = row * double((length + page - 1) / page * page);
+    return int64_t(session_.device().memory().free_bytes() * 15 / 16 / sequence);
   }
 
   void check_memory(int64_t sequences, int64_t length) const {
@@ -240,7 +248,7 @@ Json to_json(const std::vector<OpTime>& times) {
 }
 
 struct Case {
-  int64_t prompt, depth, batch;  // prompt 0: decode
+  int64_t prompt, depth, batch;  // prompt 0: decode; batch 0: as many as fit
 };
 
 std::vector<Case> cases(const BenchOptions& o) {
@@ -252,6 +260,8 @@ std::vector<Case> cases(const BenchOptions& o) {
   for (int64_t batch : parse_list(o.batches, "--batch", 0))
     for (int64_t depth : depths)
       if (batch > 0) out.push_back({0, depth, batch});
+  for (int64_t depth : depths)
+    if (o.fit) out.push_back({0, depth, 0});
   return out;
 }
 
@@ -283,7 +293,7 @@ void bench(const BenchOptions& o) {
   if (o.repeat < 1 || o.repeat > 1000) fail_input("--repeat is {}; give how often to measure, 1 to 1000", o.repeat);
   if (o.steps < 1 || o.steps > 100000) fail_input("--steps is {}; give the tokens of a decode sample, 1 to 100000", o.steps);
   const std::vector<Case> all = cases(o);
-  if (all.empty() && !o.ops) fail_input("there is nothing to measure; give a --prompt, a --batch or --ops");
+  if (all.empty() && !o.ops) fail_input("there is nothing to measure; give a --prompt, a --batch, --fit or --ops");
   Session session(o.model);
   Bench bench(session, o);
   for (const Case& c : all) bench.check_memory(c.prompt ? 1 : c.batch, c.depth + std::max<int64_t>(c.prompt, o.steps));
@@ -294,7 +304,9 @@ void bench(const BenchOptions& o) {
     until_interrupted([&] {
       const double parts = double(all.size()) + o.ops;
       for (size_t i = 0; i < all.size(); ++i) {
-        const Case& c = all[i];
+        Case c = all[i];
+        if (c.prompt == 0 && c.batch == 0) c.batch = bench.fitting(c.depth + o.steps);
+        if (c.batch == 0) fail_input("the memory holds no sequence of {} tokens beside the model; lower --depth", c.depth + o.steps);
         const std::string note =
             c.prompt ? fmt::format("prefill {} at {}", c.prompt, c.depth) : fmt::format("decode {} at {}", c.batch, c.depth);
         const auto progress = [&](double part) { bar.update((double(i) + part) / parts, note); };
@@ -321,6 +333,7 @@ void add_bench(CLI::App& program, Work& work) {
   c.add_option("--prompt", o->prompts, "lengths of prompts to prefill, 0 for none (default: 512)")->option_text("LIST")->group("work");
   c.add_option("--depth", o->depths, "tokens in the cache before (default: 0,4096)")->option_text("LIST")->group("work");
   c.add_option("--batch", o->batches, "sequences that decode together, 0 for none (default: 1,16)")->option_text("LIST")->group("work");
+  c.add_flag("--fit", o->fit, "also decode as many sequences together as the memory holds")->group("work");
   c.add_option("--repeat", o->repeat, "samples of each figure; medians are shown (default: 5)")->option_text("N")->group("work");
   c.add_option("--steps", o->steps, "tokens of a decode sample (default: 16)")->option_text("N")->group("work");
   c.add_flag("--ops", o->ops, "also time every operation by itself")->group("work");

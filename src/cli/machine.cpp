@@ -1,6 +1,8 @@
 // Reads /proc.
 #include "cli/machine.h"
 
+#include "core/memory.h"
+
 #include <filesystem>
 #include <fstream>
 #include <sstream>
@@ -29,7 +31,7 @@ double kilobytes(const std::string& name) {
 
 }  // namespace
 
-SystemMemory memory() { return {kilobytes("MemTotal"), kilobytes("MemAvailable")}; }
+SystemMemory memory() { return {kilobytes("MemTotal"), host_memory().free_bytes()}; }
 
 std::string processor_name() {
   const std::string name = entry("/proc/cpuinfo", "model name");

@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <string>
 
 namespace mla {
 namespace {
@@ -41,6 +43,17 @@ class HostMemory final : public Memory {
     if (bytes > 0) std::memcpy(to, from, bytes);
   }
   void wait() override {}
+
+  double free_bytes() const override {
+    std::ifstream in("/proc/meminfo");
+    for (std::string word; in >> word;)
+      if (word == "MemAvailable:") {
+        double kilobytes = 0;
+        in >> kilobytes;
+        return 1024 * kilobytes;
+      }
+    return 0;
+  }
 
  private:
   // One huge page more than asked for, so that the block can start on a boundary of one; the ends are given back, the last part of a huge

@@ -21,6 +21,7 @@ class Memory {
   virtual void download(const void* from, void* to, size_t bytes) = 0;  // to the host
   virtual void copy(const void* from, void* to, size_t bytes) = 0;      // within it
   virtual void wait() = 0;                                              // for all operations so far
+  virtual double free_bytes() const = 0;                                // what may still be taken
 };
 
 // The host's. Blocks of 4 MiB and more ask for transparent huge pages.

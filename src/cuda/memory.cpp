@@ -47,6 +47,12 @@ void GpuMemory::copy(const void* from, void* to, size_t bytes) {
   if (bytes > 0) check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_));
 }
 
+double GpuMemory::free_bytes() const {
+  size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total));
+  return double(free);
+}
+
 PinnedBuffer::PinnedBuffer(size_t bytes) : bytes_(bytes) {
   void* memory = nullptr;
   if (bytes > 0) check(cudaMallocHost(&memory, bytes));

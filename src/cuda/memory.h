@@ -47,6 +47,7 @@ class GpuMemory final : public Memory {
   void download(const void* from, void* to, size_t bytes) override;
   void copy(const void* from, void* to, size_t bytes) override;
   void wait() override { check(cudaStreamSynchronize(stream_)); }
+  double free_bytes() const override;
 
  private:
   cudaStream_t stream_;
