@@ -10,10 +10,10 @@ namespace {
 // Rows up to which quantised weights are multiplied as they are, each group of 8 reading them once; beyond, decoding them first costs less.
 constexpr int few_quantised_rows = 48;
 
-// The widest tile that still gives every multiprocessor work.
+// The widest tile that is more than half full and still gives every multiprocessor work.
 int tile_for(const Product& p, int processors) {
   for (const int tile : {256, 128, 64})
-    if (ceil_div(p.part[0].w.rows, 128) * ceil_div(p.n, tile) * p.matrices >= processors * 3 / 2) return tile;
+    if (p.n > tile / 2 && ceil_div(p.part[0].w.rows, 128) * ceil_div(p.n, tile) * p.matrices >= processors * 3 / 2) return tile;
   return p.n > 32 ? 64 : 32;
 }
 
@@ -32,17 +32,19 @@ void multiply(const Product& whole, Arena& scratch, int processors, cudaStream_t
   ArenaScope scope(scratch);
   const int cols = whole.part[0].w.cols, pitch = packed(DType::bf16, 1, cols).pitch;
   const int heads = whole.runs ? 1 : whole.matrices;
+  bool rows_came_between = false;
   GemmInput in{whole.x.data, int64_t(whole.n) * heads, pitch, 0};
   if (!whole.x.bf16) {
     void* x = scratch.bytes(size_t(in.total) * size_t(pitch) * 2);
     rows_to_bf16(whole.x, whole.n, heads, cols, pitch, x, stream);
     in.x = x;
+    rows_came_between = true;
   } else {
     in.pitch = int(whole.x.row);
   }
   for (int i = 0; i < whole.parts; ++i) {
     Product p = whole;
-    p.part[0] = whole.part[i], p.parts = 1;
+    p.part[0] = whole.part[i], p.parts = 1, p.choice_is_old |= rows_came_between;
     ArenaScope decoded(scratch);
     for (PackedMatrix* w : {&p.part[0].w, &p.part[0].up}) {
       if (!w->data || w->type == DType::bf16) continue;

@@ -44,7 +44,7 @@ struct Product {
   int n, matrices;
   int most;  // rows that meet one matrix, at most
   const int32_t* choice;
-  bool choice_is_old;  // written by a kernel before the one before
+  bool choice_is_old;  // it, or the runs, written by a kernel before the one before
   const Run* runs;
   const int32_t* run_count;
   int most_runs, tile;  // runs have at most `tile` rows; up to few_rows, or 0 for any number, they are for product_gemv

@@ -83,52 +83,95 @@ __global__ void __launch_bounds__(32 * warps) f32_few_kernel(const __grid_consta
   }
 }
 
-// Many: a block has 64 rows of weights × 32 of activations, a thread 4 × 2, and goes through the columns 32 at a time, the next ones on
-// their way.
-constexpr int tile_weights = 64, tile_rows = 32, tile_columns = 32;
+// Many: a block has 64 rows of weights × 32 of activations, a thread 4 × 2. The blocks of a cluster share the columns; each goes through
+// its part 128 columns at a time, the next ones on their way to shared memory, and then adds up its share of all blocks' sums.
+constexpr int tile_weights = 64, tile_rows = 32, step_columns = 128, tile_threads = 256, tile_pitch = step_columns + 4, most_splits = 8;
 
-__global__ void __launch_bounds__(256) f32_tiles_kernel(const __grid_constant__ Product p, int part_index) {
+struct Tile {
+  float w[tile_weights][tile_pitch], x[tile_rows][tile_pitch];
+};
+
+// 16 bytes from memory, or zeros where `valid` is not set.
+__device__ void copy_four(float* to, const float* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+__global__ void __launch_bounds__(tile_threads) f32_tiles_kernel(const __grid_constant__ Product p, int part_index, int splits) {
+  extern __shared__ __align__(16) uint8_t memory[];
+  auto* tiles = reinterpret_cast<Tile*>(memory);  // two, and over them the sums
   begin_kernel();
-  __shared__ float a[tile_columns][tile_weights + 4], b[tile_columns][tile_rows + 4];
   const Part& part = p.part[part_index];
   Run run;
-  const int first = int(blockIdx.z) * tile_rows, row = int(blockIdx.x) * tile_weights, cols = part.w.cols, thread = int(threadIdx.x);
+  const int first = int(blockIdx.z) * tile_rows, row = int(blockIdx.x) / splits * tile_weights, rank = int(blockIdx.x) % splits,
+            thread = int(threadIdx.x), cols = part.w.cols;
   if (!find_run(p, int(blockIdx.y), run) || first >= run.count) return;
-  const int head = p.runs ? 0 : int(blockIdx.y);
-  // A thread brings 4 columns of two rows of weights and of one of activations.
-  const int r = thread / 8, c = thread % 8 * 4;
-  const float* w[2];
-  for (int i = 0; i < 2; ++i) w[i] = reinterpret_cast<const float*>(part.w.codes(run.matrix, min(row + r + 32 * i, part.w.rows - 1)));
-  const float* x = row_of(p, head, run.first + min(first + r, run.count - 1));
-  const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
-  float4 next_w[2], next_x;
-  auto fetch = [&](int k) {
-    next_w[0] = four(w[0], k + c, cols, true), next_w[1] = four(w[1], k + c, cols, true);
-    next_x = four(x, k + c, cols, aligned);
-  };
-  auto spread = [&](float* to, int pitch, const float4& v) { to[0] = v.x, to[pitch] = v.y, to[2 * pitch] = v.z, to[3 * pitch] = v.w; };
-  const int wide = thread % 16 * 4, tall = thread / 16 * 2;
-  float sum[4][2] = {};
-  fetch(0);
-  for (int k = 0; k < cols; k += tile_columns) {
-    spread(&a[c][r], tile_weights + 4, next_w[0]);
-    spread(&a[c][r + 32], tile_weights + 4, next_w[1]);
-    spread(&b[c][r], tile_rows + 4, next_x);
-    __syncthreads();
-    if (k + tile_columns < cols) fetch(k + tile_columns);
+  const int head = p.runs ? 0 : int(blockIdx.y), steps = (cols + step_columns - 1) / step_columns, begin = steps * rank / splits,
+            end = steps * (rank + 1) / splits;
+  auto fetch = [&](int step) {
+    Tile& to = tiles[step % 2];
+    const int r = thread / 32, c = thread % 32 * 4, column = step * step_columns + c;
 #pragma unroll
-    for (int j = 0; j < tile_columns; ++j) {
-      const float4 u = *reinterpret_cast<const float4*>(&a[j][wide]);
-      const float2 v = *reinterpret_cast<const float2*>(&b[j][tall]);
-      sum[0][0] += u.x * v.x, sum[1][0] += u.y * v.x, sum[2][0] += u.z * v.x, sum[3][0] += u.w * v.x;
-      sum[0][1] += u.x * v.y, sum[1][1] += u.y * v.y, sum[2][1] += u.z * v.y, sum[3][1] += u.w * v.y;
+    for (int i = 0; i < tile_weights / 8; ++i) {
+      const int at = min(row + r + 8 * i, part.w.rows - 1);
+      const float* from = reinterpret_cast<const float*>(part.w.codes(run.matrix, at));
+      copy_four(&to.w[r + 8 * i][c], from + min(column, part.w.pitch - 4), column < part.w.pitch);
+    }
+#pragma unroll
+    for (int i = 0; i < tile_rows / 8; ++i) {
+      const float* from = row_of(p, head, run.first + min(first + r + 8 * i, run.count - 1));
+      if (reinterpret_cast<uintptr_t>(from) % 16 == 0 && column + 4 <= cols)
+        copy_four(&to.x[r + 8 * i][c], from + column, true);
+      else
+        *reinterpret_cast<float4*>(&to.x[r + 8 * i][c]) = four(from, column, cols, false);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+  const int wide = thread % 16, tall = thread / 16 * 2;
+  float sum[4][2] = {};
+  if (begin < end) fetch(begin);
+  for (int step = begin; step < end; ++step) {
+    if (step + 1 < end) {
+      fetch(step + 1);
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+    } else {
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+    }
+    __syncthreads();
+    const Tile& t = tiles[step % 2];
+#pragma unroll 4
+    for (int k = 0; k < step_columns; k += 4) {
+      float4 x[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) x[j] = *reinterpret_cast<const float4*>(&t.x[tall + j][k]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float4 w = *reinterpret_cast<const float4*>(&t.w[wide + 16 * i][k]);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) sum[i][j] += dot(w, x[j]);
+      }
     }
     __syncthreads();
   }
-  for (int i = 0; i < 4; ++i)
-    for (int t = 0; t < 2; ++t)
-      if (row + wide + i < part.w.rows && first + tall + t < run.count)
-        put(part, head, run.first + first + tall + t, row + wide + i, sum[i][t]);
+  auto* sums = reinterpret_cast<float4*>(memory) + thread;  // [2][threads]
+  if (splits > 1) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) sums[j * tile_threads] = {sum[0][j], sum[1][j], sum[2][j], sum[3][j]};
+    cluster_sync();
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    if (splits > 1 && (tall + j) % splits != rank) continue;
+    float y[4] = {sum[0][j], sum[1][j], sum[2][j], sum[3][j]};
+    if (splits > 1) {
+      const float4 all = cluster_sum(shared_address(sums + j * tile_threads), splits);
+      y[0] = all.x, y[1] = all.y, y[2] = all.z, y[3] = all.w;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (row + wide + 16 * i < part.w.rows && first + tall + j < run.count)
+        put(part, head, run.first + first + tall + j, row + wide + 16 * i, y[i]);
+  }
+  if (splits > 1) cluster_sync();  // nobody goes while others read
 }
 
 }  // namespace
@@ -139,11 +182,16 @@ void product_f32(const Product& p, cudaStream_t stream) {
   for (int i = 0; i < p.parts; ++i) {
     require(p.part[i].w.type == DType::f32 && !p.part[i].up.data, "these f32 products");
     const int rows = p.part[i].w.rows;
-    if (p.most <= few_rows)
+    if (p.most <= few_rows) {
       launch(f32_few_kernel, dim3(unsigned(ceil_div(rows, warps)), runs), 32 * warps, 0, stream, p, i);
-    else
-      launch(f32_tiles_kernel, dim3(unsigned(ceil_div(rows, tile_weights)), runs, unsigned(ceil_div(p.most, tile_rows))), 256, 0, stream, p,
-             i);
+      continue;
+    }
+    // Clusters are of one size for any number of rows, so that sums run in one order.
+    int splits = 1;
+    while (splits < most_splits && p.part[i].w.cols >= splits * 2 * step_columns) splits *= 2;
+    launch_clusters(splits, f32_tiles_kernel,
+                    dim3(unsigned(ceil_div(rows, tile_weights) * splits), runs, unsigned(ceil_div(p.most, tile_rows))), tile_threads,
+                    2 * sizeof(Tile), stream, p, i, splits);
   }
 }
 

@@ -18,7 +18,9 @@ struct GemmShape {
   static constexpr int registers = Tile / 2;  // of a 64 × Tile sum
   static constexpr int weight_bytes = weight_rows * 128, row_bytes = Tile * 128;
   static constexpr int step_bytes = weight_bytes * (Gated ? 2 : 1) + row_bytes;
-  static constexpr int steps = 200 * 1024 / step_bytes > 8 ? 8 : 200 * 1024 / step_bytes;
+  // Small tiles leave room for two blocks a multiprocessor, one of which copies while the other begins or ends.
+  static constexpr int blocks = Tile * (Gated ? 2 : 1) <= 64 ? 2 : 1, room = (blocks == 2 ? 109 : 200) * 1024;
+  static constexpr int steps = room / step_bytes > 8 ? 8 : room / step_bytes;
   static constexpr int shared_bytes = steps * step_bytes + 1024;
 };
 
@@ -90,32 +92,32 @@ __device__ void put(const Product& p, const Run& run, int row, int begin, int en
   }
 }
 
-// The blocks of a cluster have summed parts of the columns: each adds up its share of the rows of activations, in the order of the blocks.
+// The blocks of a cluster have summed parts of the columns: each adds up its share of the rows of activations.
 template <int Tile, bool Gated>
 __device__ void add_split(int rank, int splits, float (&c)[Tile / 2], float (&up)[Gated ? Tile / 2 : 1]) {
-  constexpr int elements = Tile / 2;
-  auto* sums = reinterpret_cast<float*>(gemm_memory) + threadIdx.x;  // [elements][consumers], twice if gated
+  constexpr int fours = Tile / 8;
+  auto* sums = reinterpret_cast<float4*>(gemm_memory) + threadIdx.x;  // [fours][consumers], twice if gated
 #pragma unroll
-  for (int i = 0; i < elements; ++i) {
-    sums[i * consumers] = c[i];
-    if constexpr (Gated) sums[(elements + i) * consumers] = up[i];
+  for (int i = 0; i < fours; ++i) {
+    sums[i * consumers] = {c[4 * i], c[4 * i + 1], c[4 * i + 2], c[4 * i + 3]};
+    if constexpr (Gated) sums[(fours + i) * consumers] = {up[4 * i], up[4 * i + 1], up[4 * i + 2], up[4 * i + 3]};
   }
   cluster_sync();
 #pragma unroll
-  for (int i = 0; i < elements; ++i) {
-    if (i * splits / elements != rank) continue;
-    c[i] = 0;
-    if constexpr (Gated) up[i] = 0;
-    for (int s = 0; s < splits; ++s) {
-      c[i] += cluster_read(shared_address(sums + i * consumers), s);
-      if constexpr (Gated) up[i] += cluster_read(shared_address(sums + (elements + i) * consumers), s);
+  for (int i = 0; i < fours; ++i) {
+    if (i * splits / fours != rank) continue;
+    const float4 sum = cluster_sum(shared_address(sums + i * consumers), splits);
+    c[4 * i] = sum.x, c[4 * i + 1] = sum.y, c[4 * i + 2] = sum.z, c[4 * i + 3] = sum.w;
+    if constexpr (Gated) {
+      const float4 other = cluster_sum(shared_address(sums + (fours + i) * consumers), splits);
+      up[4 * i] = other.x, up[4 * i + 1] = other.y, up[4 * i + 2] = other.z, up[4 * i + 3] = other.w;
     }
   }
   cluster_sync();  // nobody goes on while others read
 }
 
 template <int Tile, bool Gated>
-__global__ void __launch_bounds__(threads, 1)
+__global__ void __launch_bounds__(threads, GemmShape<Tile, Gated>::blocks)
     gemm_kernel(const __grid_constant__ GemmMaps maps, const __grid_constant__ Product p, int splits) {
   using S = GemmShape<Tile, Gated>;
   __shared__ uint64_t full[S::steps], empty[S::steps];
@@ -128,26 +130,42 @@ __global__ void __launch_bounds__(threads, 1)
     prefetch_map(&maps.x);
   }
   __syncthreads();
-  begin_kernel();
+  // Weights are on their way before the activations are there, where it is known which.
+  const bool early = !p.runs || p.choice_is_old;
+  if (!early) begin_kernel();
   Run run;
-  if (!find_tile(p, Tile, run)) return;
+  const bool any = find_tile(p, Tile, run);
+  if (!any) {
+    if (early) begin_kernel();
+    return;
+  }
   const int all = (p.part[0].w.cols + step_columns - 1) / step_columns, begin = all * rank / splits,
             steps = all * (rank + 1) / splits - begin;
   if (group == 2) {
-    give_registers<40>();
-    for (int i = 0; i < steps && threadIdx.x == 256; ++i) {
-      const int slot = i % S::steps, column = (begin + i) * step_columns;
-      if (i >= S::steps) barrier_wait(&empty[slot], (i / S::steps - 1) & 1);
-      uint8_t* to = gemm_memory + slot * S::step_bytes;
-      barrier_expect(&full[slot], S::step_bytes);
-      copy_box(to, &maps.w, &full[slot], column, row, run.matrix);
-      if (Gated) copy_box(to + S::weight_bytes, &maps.up, &full[slot], column, row, run.matrix);
-      copy_box(to + S::step_bytes - S::row_bytes, &maps.x, &full[slot], column, run.first, 0);
+    if (S::blocks == 1) give_registers<40>();
+    if (threadIdx.x == 256) {
+      auto copy_weights = [&](int i) {
+        const int slot = i % S::steps, column = (begin + i) * step_columns;
+        uint8_t* to = gemm_memory + slot * S::step_bytes;
+        barrier_expect(&full[slot], S::step_bytes);
+        copy_box(to, &maps.w, &full[slot], column, row, run.matrix);
+        if (Gated) copy_box(to + S::weight_bytes, &maps.up, &full[slot], column, row, run.matrix);
+      };
+      const int ahead = early ? min(steps, S::steps) : 0;
+      for (int i = 0; i < ahead; ++i) copy_weights(i);
+      if (early) begin_kernel();
+      for (int i = 0; i < steps; ++i) {
+        const int slot = i % S::steps;
+        if (i >= S::steps) barrier_wait(&empty[slot], (i / S::steps - 1) & 1);
+        if (i >= ahead) copy_weights(i);
+        copy_box(gemm_memory + (slot + 1) * S::step_bytes - S::row_bytes, &maps.x, &full[slot], (begin + i) * step_columns, run.first, 0);
+      }
     }
     if (splits > 1) cluster_sync(), cluster_sync();
     return;
   }
-  take_registers<232>();
+  if (early) begin_kernel();
+  if (S::blocks == 1) take_registers<232>();
   float c[S::registers], up[Gated ? S::registers : 1];
   for (int i = 0; i < steps; ++i) {
     const int slot = i % S::steps;

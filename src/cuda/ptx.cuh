@@ -67,13 +67,27 @@ __device__ inline void wait_previous_kernel() { asm volatile("griddepcontrol.wai
 // Waits for all threads of the cluster's blocks that have not ended; what they wrote to shared memory is visible then.
 __device__ inline void cluster_sync() { asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory"); }
 // Reads where block `rank` of the cluster has what this block has at `address` in its shared memory.
-__device__ inline float cluster_read(uint32_t address, int rank) {
-  float x;
-  asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there];}"
-               : "=f"(x)
+__device__ inline float4 cluster_read(uint32_t address, int rank) {
+  float4 x;
+  asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];}"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
                : "r"(address), "r"(rank)
                : "memory");
   return x;
+}
+
+// Adds up what up to 8 blocks of the cluster have there, in their order; all reads are on their way before the first is used.
+__device__ inline float4 cluster_sum(uint32_t address, int blocks) {
+  constexpr int most = 8;
+  float4 part[most];
+#pragma unroll
+  for (int b = 0; b < most; ++b)
+    if (b < blocks) part[b] = cluster_read(address, b);
+  float4 sum{};
+#pragma unroll
+  for (int b = 0; b < most; ++b)
+    if (b < blocks) sum.x += part[b].x, sum.y += part[b].y, sum.z += part[b].z, sum.w += part[b].w;
+  return sum;
 }
 
 }  // namespace mla::cuda
