@@ -37,6 +37,13 @@ class FromHost final : public Device {
       d_->linear(there(x), moved);
     });
   }
+  void linear_normed(Tensor x, Tensor norm, float eps, Tensor h, std::span<const Projection> projections) override {
+    run([&] {
+      std::vector<Projection> moved;
+      for (const Projection& p : projections) moved.push_back({p.w, p.bias.data ? there(p.bias) : Tensor{}, there(p.y), p.add});
+      d_->linear_normed(there(x), there(norm), eps, there(h), moved);
+    });
+  }
   void linear_heads(Tensor x, const Weight& w, Tensor y) override {
     run([&] { d_->linear_heads(there(x), w, there(y)); });
   }
@@ -49,6 +56,10 @@ class FromHost final : public Device {
   }
   void route(Tensor logits, const RouterConfig& config, Routing out) override {
     run([&] { d_->route(there(logits), config, {there(out.expert), there(out.weight)}); });
+  }
+  void gate(Tensor x, Tensor norm, float eps, Tensor h, const Weight& router, const RouterConfig& config, Tensor scores,
+            Routing out) override {
+    run([&] { d_->gate(there(x), there(norm), eps, there(h), router, config, there(scores), {there(out.expert), there(out.weight)}); });
   }
   void rms_norm(Tensor x, Tensor weight, float eps, Tensor y) override {
     run([&] {

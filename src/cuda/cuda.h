@@ -28,9 +28,12 @@ class CudaDevice final : public Device {
   void embed(std::span<const int32_t> ids, const Weight& w, Tensor out) override;
   using Device::linear;
   void linear(Tensor x, std::span<const Projection> projections) override;
+  void linear_normed(Tensor x, Tensor norm, float eps, Tensor h, std::span<const Projection> projections) override;
   void linear_heads(Tensor x, const Weight& w, Tensor y) override;
   void ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tensor out) override;
   void route(Tensor logits, const RouterConfig& config, Routing out) override;
+  void gate(Tensor x, Tensor norm, float eps, Tensor h, const Weight& router, const RouterConfig& config, Tensor scores,
+            Routing out) override;
   bool choose(Tensor logits, double temperature, std::span<const double> at, std::span<int32_t> ids) override;
   void rms_norm(Tensor x, Tensor weight, float eps, Tensor y) override;
   using Device::rope;
@@ -53,6 +56,7 @@ class CudaDevice final : public Device {
     memory_.upload(data.data(), to, data.size_bytes());
     return static_cast<const T*>(to);
   }
+  void project(Tensor x, const float* norm, float eps, std::span<const Projection> projections);
   void attend_decode(Tensor q, const Kv& kv, Spans spans, Mask mask, float scale, Tensor o, Tensor lse);
 
   struct MadePlan {

@@ -59,7 +59,17 @@ void multiply(const Product& whole, Arena& scratch, int processors, cudaStream_t
   }
 }
 
-void CudaDevice::linear(Tensor x, std::span<const Projection> projections) {
+void CudaDevice::linear(Tensor x, std::span<const Projection> projections) { project(x, nullptr, 0, projections); }
+
+void CudaDevice::linear_normed(Tensor x, Tensor norm, float eps, Tensor h, std::span<const Projection> projections) {
+  // Blocks that multiply few rows norm them for themselves, which is sooner than to wait for another kernel.
+  const bool f32 = std::any_of(projections.begin(), projections.end(), [](const Projection& p) { return p.w.dtype == DType::f32; });
+  if (f32 || x.rank != 2 || x.shape[0] > few_rows) return Device::linear_normed(x, norm, eps, h, projections);
+  require(norm.count() == x.shape[1], "a norm", x, norm);
+  project(x, norm.f32(), eps, projections);
+}
+
+void CudaDevice::project(Tensor x, const float* norm, float eps, std::span<const Projection> projections) {
   require(x.rank == 2, "a product", x);
   if (x.shape[0] == 0) return;
   ArenaScope scope(scratch_);
@@ -68,7 +78,7 @@ void CudaDevice::linear(Tensor x, std::span<const Projection> projections) {
   for (size_t from = 0; from < projections.size(); ++from) {
     if (done[from]) continue;
     Product p{};
-    p.x = {x.data, false, x.stride[0], 0, nullptr};
+    p.x = {x.data, false, x.stride[0], 0, nullptr, norm, eps};
     p.n = p.most = int(x.shape[0]), p.matrices = 1;
     for (size_t i = from; i < projections.size() && p.parts < Product::most_parts; ++i) {
       const Projection& one = projections[i];

@@ -1,4 +1,4 @@
-// Norms, rotation, routing and copies.
+// Norms, rotation and copies.
 #include "cuda/cuda.h"
 #include "cuda/launch.cuh"
 
@@ -6,8 +6,6 @@
 
 namespace mla::cuda {
 namespace {
-
-constexpr float never = -INFINITY;
 
 __device__ float block_sum(float x) {
   __shared__ float part[32];
@@ -47,65 +45,6 @@ __global__ void rope_kernel(const float* x, int64_t x_row, int64_t x_head, int h
   }
 }
 
-// Of the lanes' scores the best, the lower index where equal.
-__device__ void best_of_warp(float& score, int& index) {
-  for (int step = 16; step > 0; step /= 2) {
-    const float other = __shfl_xor_sync(~0u, score, step);
-    const int at = __shfl_xor_sync(~0u, index, step);
-    if (other > score || (other == score && at < index)) score = other, index = at;
-  }
-}
-
-// A token a warp: softmax over all experts, the best groups, the best experts in them (eq. 20-22 and section 2.2.2).
-__global__ void route_kernel(const float* logits, int64_t row, int n, RouterConfig c, int32_t* expert, float* weight) {
-  begin_kernel();
-  extern __shared__ float scores[];
-  const int token = int(blockIdx.x * blockDim.y + threadIdx.y), lane = int(threadIdx.x);
-  if (token >= n) return;
-  float* score = scores + threadIdx.y * unsigned(c.experts);
-  logits += token * row, expert += int64_t(token) * c.top_k, weight += int64_t(token) * c.top_k;
-  float most = never, total = 0;
-  for (int e = lane; e < c.experts; e += 32) most = fmaxf(most, logits[e]);
-  for (int step = 16; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-  for (int e = lane; e < c.experts; e += 32) total += score[e] = expf(logits[e] - most);
-  for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
-  for (int e = lane; e < c.experts; e += 32) score[e] /= total;
-  __syncwarp();
-  if (c.gating == Gating::group_limited_greedy) {
-    const int size = c.experts / c.groups;
-    uint64_t kept = 0;
-    for (int taken = 0; taken < c.top_groups; ++taken) {
-      float top = never;
-      int group = c.groups;
-      for (int g = lane; g < c.groups; g += 32) {
-        float best = never;
-        for (int i = 0; i < size; ++i) best = fmaxf(best, score[g * size + i]);
-        if (!(kept >> g & 1) && (best > top || group == c.groups)) top = best, group = g;
-      }
-      best_of_warp(top, group);
-      kept |= uint64_t(1) << group;
-    }
-    for (int e = lane; e < c.experts; e += 32)
-      if (!(kept >> (e / size) & 1)) score[e] = never;
-    __syncwarp();
-  }
-  float sum = 0;
-  for (int k = 0; k < c.top_k; ++k) {
-    float top = never;
-    int at = c.experts;
-    for (int e = lane; e < c.experts; e += 32)
-      if (score[e] > top) top = score[e], at = e;
-    best_of_warp(top, at);
-    // Scores that are no numbers route anywhere rather than out of bounds.
-    if (at == c.experts) at = k, top = 0;
-    if (lane == 0) expert[k] = at, weight[k] = top, score[at] = never;
-    __syncwarp();
-    sum += top;
-  }
-  const float scale = c.renormalise && c.top_k > 1 ? 1 / (sum + 1e-20f) : c.scale;
-  for (int k = lane; k < c.top_k; k += 32) weight[k] *= scale;
-}
-
 __global__ void copy_kernel(const float* from, int64_t from_row, int64_t from_inner, float* to, int64_t to_row, int64_t to_inner, int inner,
                             int n) {
   begin_kernel();
@@ -139,22 +78,6 @@ void CudaDevice::rope(Tensor x, Tensor cos_sin, bool interleaved, Tensor y) {
     run(rope_kernel<__nv_bfloat16>, y.as<__nv_bfloat16>());
   else
     run(rope_kernel<float>, y.f32());
-}
-
-void CudaDevice::route(Tensor logits, const RouterConfig& c, Routing out) {
-  const int64_t n = logits.shape[0];
-  const bool limited = c.gating == Gating::group_limited_greedy;
-  require(logits.rank == 2 && logits.shape[1] == c.experts && logits.stride[1] == 1 && c.top_k > 0 && c.top_k <= c.experts, "routing",
-          logits);
-  require(out.expert.count() == n * c.top_k && out.weight.count() == n * c.top_k && out.expert.contiguous() && out.weight.contiguous(),
-          "routing", logits, out.expert);
-  require(!limited || (c.groups > 0 && c.groups <= 64 && c.experts % c.groups == 0 && c.top_groups > 0 && c.top_groups <= c.groups &&
-                       c.top_k <= c.experts / c.groups * c.top_groups),
-          "routing by these groups", logits);
-  fresh_choice_ = out.expert.data;
-  const unsigned tokens = n >= 4 ? 4 : 1;
-  launch(route_kernel, unsigned(ceil_div(n, tokens)), dim3(32, tokens), tokens * size_t(c.experts) * 4, stream_, logits.f32(),
-         logits.stride[0], int(n), c, out.expert.as<int32_t>(), out.weight.f32());
 }
 
 void CudaDevice::copy(Tensor from, Tensor to) {

@@ -1,6 +1,7 @@
-// Products of few rows: a block takes 16 rows of weights, its warps share the columns, and tensor cores multiply what has been loaded with
-// up to 8 rows of activations. Weights go from memory to registers in pieces of 16 bytes a lane, already in the order of the instruction's
-// fragments, since the order of a sum's terms is free as long as both sides have the same.
+// Products of few rows: blocks go through groups of 16 rows of weights, their warps share the columns, and tensor cores multiply what has
+// been loaded with up to 8 rows of activations. Weights go from memory to registers in pieces of 16 bytes a lane, already in the order of
+// the instruction's fragments, since the order of a sum's terms is free as long as both sides have the same. A piece's registers are
+// loaded again as soon as it has been used, with what the warp will need that many pieces later, so that memory never waits.
 #include "cuda/launch.cuh"
 #include "cuda/product.h"
 
@@ -12,7 +13,7 @@
 namespace mla::cuda {
 namespace {
 
-constexpr int warps = 8, threads = 32 * warps, block_rows = 16;
+constexpr int warps = 8, threads = 32 * warps, most_blocks = 264;
 
 // c += A B for 16 rows, 8 columns and 16 terms: lane l has rows l / 4 and l / 4 + 8 of A, column l / 4 of B, columns 2 (l % 4) + {0, 1} of
 // c.
@@ -31,24 +32,34 @@ __device__ uint4 load_once(const void* p) {
   return x;
 }
 
-// What a lane has of 16 rows × `columns` columns: 16 bytes of each of its two rows, and their scales.
+// The two rows of weights of a lane's fragments; scales of quantised ones.
+struct Source {
+  const std::byte *upper, *lower;
+  const uint16_t *upper_scales, *lower_scales;
+};
+
+// What a lane has of 16 rows × `columns` columns: 16 bytes (bf16: twice, so that a row's four lanes have a cache line) of each of its two
+// rows, and their scales.
 template <DType Type>
 struct Piece;
 
 template <>
 struct Piece<DType::bf16> {
-  static constexpr int columns = 32, depth = 8;
-  uint4 upper, lower;
-  __device__ void load(const PackedMatrix& w, int64_t matrix, int row, int column, int lane) {
-    const int64_t at = int64_t(column) * 2 + lane % 4 * 16;
-    upper = load_once(w.codes(matrix, row) + at);
-    lower = load_once(w.codes(matrix, row + 8) + at);
+  static constexpr int columns = 64, depth = 4;
+  uint4 upper[2], lower[2];
+  __device__ void load(const Source& from, int column, int lane) {
+    const int at = column * 2 + lane % 4 * 16;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) upper[i] = load_once(from.upper + at + 64 * i), lower[i] = load_once(from.lower + at + 64 * i);
   }
   // x: this lane's row of activations, from the piece's first column on; null for none.
   __device__ void add_to(float (&c)[4], const __nv_bfloat16* x, int lane) const {
-    const uint4 b = x ? *reinterpret_cast<const uint4*>(x + lane % 4 * 8) : uint4{};
-    multiply(c, upper.x, lower.x, upper.y, lower.y, b.x, b.y);
-    multiply(c, upper.z, lower.z, upper.w, lower.w, b.z, b.w);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint4 b = x ? *reinterpret_cast<const uint4*>(x + 32 * i + lane % 4 * 8) : uint4{};
+      multiply(c, upper[i].x, lower[i].x, upper[i].y, lower[i].y, b.x, b.y);
+      multiply(c, upper[i].z, lower[i].z, upper[i].w, lower[i].w, b.z, b.w);
+    }
   }
 };
 
@@ -68,12 +79,11 @@ struct Piece<DType::q8_0> {
   static constexpr int columns = 64, depth = 4;
   uint4 upper, lower;
   uint32_t upper_scale, lower_scale;  // two halves each
-  __device__ void load(const PackedMatrix& w, int64_t matrix, int row, int column, int lane) {
-    const int64_t at = column + lane % 4 * 16;
-    upper = load_once(w.codes(matrix, row) + at);
-    lower = load_once(w.codes(matrix, row + 8) + at);
-    upper_scale = *reinterpret_cast<const uint32_t*>(w.scales(matrix, row) + column / 32);
-    lower_scale = *reinterpret_cast<const uint32_t*>(w.scales(matrix, row + 8) + column / 32);
+  __device__ void load(const Source& from, int column, int lane) {
+    const int at = column + lane % 4 * 16;
+    upper = load_once(from.upper + at), lower = load_once(from.lower + at);
+    upper_scale = *reinterpret_cast<const uint32_t*>(from.upper_scales + column / 32);
+    lower_scale = *reinterpret_cast<const uint32_t*>(from.lower_scales + column / 32);
   }
   __device__ static void expand(uint32_t first, uint32_t second, uint32_t (&to)[4]) {
 #pragma unroll
@@ -100,12 +110,11 @@ struct Piece<DType::q4_0> {
   static constexpr int columns = 128, depth = 2;
   uint4 upper, lower;
   uint2 upper_scale, lower_scale;  // four halves each
-  __device__ void load(const PackedMatrix& w, int64_t matrix, int row, int column, int lane) {
-    const int64_t at = column / 2 + lane % 4 * 16;
-    upper = load_once(w.codes(matrix, row) + at);
-    lower = load_once(w.codes(matrix, row + 8) + at);
-    upper_scale = *reinterpret_cast<const uint2*>(w.scales(matrix, row) + column / 32);
-    lower_scale = *reinterpret_cast<const uint2*>(w.scales(matrix, row + 8) + column / 32);
+  __device__ void load(const Source& from, int column, int lane) {
+    const int at = column / 2 + lane % 4 * 16;
+    upper = load_once(from.upper + at), lower = load_once(from.lower + at);
+    upper_scale = *reinterpret_cast<const uint2*>(from.upper_scales + column / 32);
+    lower_scale = *reinterpret_cast<const uint2*>(from.lower_scales + column / 32);
   }
   // Nibbles become the low bits of 128 + nibble in bf16; less 136, that is the code.
   __device__ static void expand(uint32_t word, uint32_t (&to)[4]) {
@@ -130,93 +139,137 @@ struct Piece<DType::q4_0> {
   }
 };
 
-// The first pieces of a warp's share of 16 rows.
-template <DType Type, int Depth>
-struct Ahead {
-  Piece<Type> piece[Depth];
-  __device__ void load(const PackedMatrix& w, int64_t matrix, int row, int first, int lane) {
-    using P = Piece<Type>;
-#pragma unroll
-    for (int i = 0; i < Depth; ++i) {
-      const int column = (first + i * warps) * P::columns;
-      if (column < w.pitch) piece[i].load(w, matrix, row, column, lane);
-    }
-  }
-  __device__ void add_to(float (&c)[4], const PackedMatrix& w, int first, const __nv_bfloat16* x, int lane) const {
-    using P = Piece<Type>;
-#pragma unroll
-    for (int i = 0; i < Depth; ++i) {
-      const int column = (first + i * warps) * P::columns;
-      if (column < w.pitch) piece[i].add_to(c, x ? x + column : nullptr, lane);
-    }
-  }
-};
-
-// A warp's share of 16 rows × all columns; `ahead` has its first pieces.
-template <DType Type, int Depth>
-__device__ void sum_rows(float (&c)[4], Ahead<Type, Depth>& ahead, const PackedMatrix& w, int64_t matrix, int row, int warp,
-                         const __nv_bfloat16* x, int lane) {
-  using P = Piece<Type>;
-  constexpr int step = Depth * warps;
-  for (int first = warp; first * P::columns < w.pitch; first += step) {
-    if (first != warp) ahead.load(w, matrix, row, first, lane);
-    ahead.add_to(c, w, first, x, lane);
-  }
-}
-
 // Rows of activations in shared memory begin 64 bytes apart in the banks, so that the eight rows of a fragment do not collide by more than
 // the instruction's own two turns.
 __host__ __device__ inline int shared_pitch(int pitch) { return pitch / 64 * 64 + 32 + (pitch % 64 ? 64 : 0); }
 
+__device__ float4 four(const float* row, int column, int cols) {
+  if (column + 4 <= cols && reinterpret_cast<uintptr_t>(row + column) % 16 == 0) return *reinterpret_cast<const float4*>(row + column);
+  float4 x{};
+  if (column < cols) x.x = row[column];
+  if (column + 1 < cols) x.y = row[column + 1];
+  if (column + 2 < cols) x.z = row[column + 2];
+  if (column + 3 < cols) x.w = row[column + 3];
+  return x;
+}
+
+// Brings rows of activations to shared memory as bf16, normed where they are to be. All of the block calls it.
 __device__ void stage(const Product& p, int head, int first, int count, int cols, int pitch, __nv_bfloat16* to) {
-  const int wide = shared_pitch(pitch);
+  __shared__ float squares[few_rows][warps];
+  const int wide = shared_pitch(pitch), thread = int(threadIdx.x);
+  auto row = [&](int t) { return (p.x.index ? p.x.index[first + t] : first + t) * p.x.row + head * p.x.head; };
+  if (p.x.norm) {
+    for (int t = 0; t < count; ++t) {
+      const float* from = static_cast<const float*>(p.x.data) + row(t);
+      float sum = 0;
+      for (int i = thread * 4; i < cols; i += 4 * threads) {
+        const float4 v = four(from, i, cols);
+        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+      }
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      if (thread % 32 == 0) squares[t][thread / 32] = sum;
+    }
+    __syncthreads();
+  }
   for (int t = 0; t < count; ++t) {
-    const int64_t at = (p.x.index ? p.x.index[first + t] : first + t) * p.x.row + head * p.x.head;
     if (p.x.bf16) {
-      const auto* from = static_cast<const __nv_bfloat16*>(p.x.data) + at;
+      const auto* from = static_cast<const __nv_bfloat16*>(p.x.data) + row(t);
       // Rows of bf16 are results of other products: aligned, but for their ends.
-      for (int i = int(threadIdx.x) * 8; i < pitch; i += 8 * threads) {
+      for (int i = thread * 8; i < pitch; i += 8 * threads) {
         if (i + 8 <= cols) {
           *reinterpret_cast<uint4*>(to + t * wide + i) = *reinterpret_cast<const uint4*>(from + i);
         } else {
           for (int j = i; j < i + 8; ++j) to[t * wide + j] = j < cols ? from[j] : __nv_bfloat16();
         }
       }
-    } else {
-      const float* from = static_cast<const float*>(p.x.data) + at;
-      const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0;
-      for (int i = int(threadIdx.x) * 4; i < pitch; i += 4 * threads) {
-        float4 v{};
-        if (aligned && i + 4 <= cols) {
-          v = *reinterpret_cast<const float4*>(from + i);
-        } else {
-          if (i < cols) v.x = from[i];
-          if (i + 1 < cols) v.y = from[i + 1];
-          if (i + 2 < cols) v.z = from[i + 2];
-          if (i + 3 < cols) v.w = from[i + 3];
-        }
-        *reinterpret_cast<uint2*>(to + t * wide + i) = {as_word(__floats2bfloat162_rn(v.x, v.y)), as_word(__floats2bfloat162_rn(v.z, v.w))};
+      continue;
+    }
+    const float* from = static_cast<const float*>(p.x.data) + row(t);
+    float scale = 0;
+    if (p.x.norm) {
+      for (int i = 0; i < warps; ++i) scale += squares[t][i];
+      scale = rsqrtf(scale / float(cols) + p.x.eps);
+    }
+    for (int i = thread * 4; i < pitch; i += 4 * threads) {
+      float4 v = four(from, i, cols);
+      if (p.x.norm) {
+        const float4 w = four(p.x.norm, i, cols);
+        v = {v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w};
       }
+      *reinterpret_cast<uint2*>(to + t * wide + i) = {as_word(__floats2bfloat162_rn(v.x, v.y)), as_word(__floats2bfloat162_rn(v.z, v.w))};
     }
   }
 }
 
 __device__ float silu(float x) { return x / (1 + __expf(-x)); }
 
+// What a block's 16 rows of weights are: rows of one matrix; 8 of the gate and the same 8 of the up projection; or, where a token's experts
+// are summed, 8 of one expert and the same 8 of the next.
+enum class Kind : uint8_t { plain, gated, sum };
+
+__host__ __device__ constexpr int group_rows(Kind kind) { return kind == Kind::plain ? 16 : 8; }
+
+__host__ __device__ inline int groups_of(const Product& p, Kind kind) {
+  int groups = 0;
+  for (int i = 0; i < p.parts; ++i) groups += p.part[i].w.padded_rows() / group_rows(kind);
+  return groups;
+}
+
+// Where a block is. It goes through groups of rows of weights, a group's turns and the columns in steps; a turn is 8 rows of activations
+// or, in a sum, two experts.
+template <Kind K>
+struct Place {
+  int group, turn, step, turns;
+  int stack, part, row;  // matrix h of a product by heads, run h, or the h-th choice; rows of weights from `row` on
+  Run run;
+
+  __device__ void enter(const Product& p, int to) {
+    const int each = groups_of(p, K);
+    group = to, turn = step = part = 0, stack = to / each, row = to % each;
+    while (part + 1 < p.parts && row >= p.part[part].w.padded_rows() / group_rows(K)) row -= p.part[part++].w.padded_rows() / group_rows(K);
+    row *= group_rows(K);
+    run = p.runs ? p.runs[stack] : Run{p.choice && K != Kind::sum ? p.choice[stack] : stack, 0, p.n};
+    turns = K == Kind::sum ? (p.matrices + 1) / 2 : (run.count + few_rows - 1) / few_rows;
+  }
+  // To the step after; whether it is another turn's.
+  __device__ bool advance(const Product& p, int steps, int end) {
+    if (++step < steps) return false;
+    step = 0;
+    if (++turn == turns) {
+      if (++group < end) enter(p, group);
+    }
+    return true;
+  }
+  __device__ Source source(const Product& p, int lane) const {
+    const PackedMatrix& w = p.part[part].w;
+    const int first = row + lane / 4;
+    if constexpr (K == Kind::sum) return of(w, p.choice[2 * turn], first, w, p.choice[min(2 * turn + 1, p.matrices - 1)], first);
+    if constexpr (K == Kind::gated) return of(w, run.matrix, first, p.part[part].up, run.matrix, first);
+    return of(w, run.matrix, first, w, run.matrix, first + 8);
+  }
+
+ private:
+  __device__ static Source of(const PackedMatrix& w, int64_t matrix, int row, const PackedMatrix& v, int64_t other, int lower) {
+    return {w.codes(matrix, row), v.codes(other, lower), w.scales(matrix, row), v.scales(other, lower)};
+  }
+};
+
+using Sums = float[warps][16][few_rows];
+
 // The warps' sums become results.
-__device__ void finish(const Part& part, int head, int first, int count, int row, const float (*sums)[block_rows][8],
-                       const float (*ups)[block_rows][8]) {
-  const int r = int(threadIdx.x) % block_rows, t = int(threadIdx.x) / block_rows;
-  if (t >= count) return;
+template <Kind K>
+__device__ void finish(const Part& part, int head, int first, int count, int row, const Sums& sums) {
+  constexpr int rows = group_rows(K);
+  const int r = int(threadIdx.x) % rows, t = int(threadIdx.x) / rows;
+  if (t >= count || row + r >= part.w.rows) return;
   float y = 0, up = 0;
   for (int i = 0; i < warps; ++i) y += sums[i][r][t];
-  if (ups) {
-    for (int i = 0; i < warps; ++i) up += ups[i][r][t];
+  if constexpr (K == Kind::gated) {
+    for (int i = 0; i < warps; ++i) up += sums[i][r + 8][t];
     y = silu(y) * up;
   }
   const Results& to = part.y;
   const int64_t at = (first + t) * to.row + head * to.head + row + r;
-  if (row + r >= part.w.rows) return;
   if (to.bf16) {
     static_cast<__nv_bfloat16*>(to.data)[at] = __float2bfloat16(y);
     return;
@@ -226,108 +279,97 @@ __device__ void finish(const Part& part, int head, int first, int count, int row
   *out = to.add ? *out + y : y;
 }
 
-template <DType Type, bool Gated>
-__global__ void __launch_bounds__(threads, 2) gemv_kernel(const __grid_constant__ Product p) {
+// weight: of a sum, y += Σ weight[j] · W_choice[j] x[j].
+template <DType Type, Kind K>
+__global__ void __launch_bounds__(threads, 2) gemv_kernel(const __grid_constant__ Product p, const float* weight) {
+  using P = Piece<Type>;
   extern __shared__ __align__(16) uint8_t memory[];
   auto* x = reinterpret_cast<__nv_bfloat16*>(memory);
-  __shared__ float sums[warps][block_rows][8], ups[Gated ? warps : 1][block_rows][8];
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  int group = int(blockIdx.x), at = 0;
-  while (at + 1 < p.parts && group >= p.part[at].w.padded_rows() / block_rows) group -= p.part[at++].w.padded_rows() / block_rows;
-  const Part& part = p.part[at];
-  const int row = group * block_rows, mine = row + lane / 4;
-  Run run{int(blockIdx.y), 0, p.n};
-  constexpr int depth = Gated ? Piece<Type>::depth / 2 : Piece<Type>::depth;
-  Ahead<Type, depth> ahead, ahead_up;
+  __shared__ Sums sums[2];
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, pitch = p.part[0].w.pitch, wide = shared_pitch(pitch),
+            steps = (pitch + P::depth * warps * P::columns - 1) / (P::depth * warps * P::columns);
   // Weights are on their way before the activations are there, unless it is not known yet which they are.
   const bool early = !p.runs && (!p.choice || p.choice_is_old);
   if (!early) begin_kernel();
-  if (p.choice) run.matrix = p.choice[blockIdx.y];
-  if (p.runs) {
-    if (int(blockIdx.y) >= *p.run_count) return;
-    run = p.runs[blockIdx.y];
-  }
-  ahead.load(part.w, run.matrix, mine, warp, lane);
-  if (Gated) ahead_up.load(part.up, run.matrix, mine, warp, lane);
+  const int groups = groups_of(p, K) * (K == Kind::sum ? 1 : p.runs ? *p.run_count : p.matrices);
+  const int begin = int(int64_t(groups) * blockIdx.x / gridDim.x), end = int(int64_t(groups) * (blockIdx.x + 1) / gridDim.x);
+  if (begin == end) return;
+  auto column = [&](int step, int i) { return ((step * P::depth + i) * warps + warp) * P::columns; };
+  P piece[P::depth];
+  Place<K> at, ahead;
+  at.enter(p, begin);
+  ahead = at;
+  Source source = ahead.source(p, lane);
+#pragma unroll
+  for (int i = 0; i < P::depth; ++i)
+    if (column(0, i) < pitch) piece[i].load(source, column(0, i), lane);
+  if (ahead.advance(p, steps, end) && ahead.group < end) source = ahead.source(p, lane);
   if (early) begin_kernel();
-  const int head = p.runs ? 0 : int(blockIdx.y), wide = shared_pitch(part.w.pitch);
-  for (int first = 0; first < run.count; first += few_rows) {
-    const int count = min(few_rows, run.count - first);
-    stage(p, head, run.first + first, count, part.w.cols, part.w.pitch, x);
+  if constexpr (K == Kind::sum) {
+    for (int j = 0; j < p.matrices; ++j) stage(p, j, 0, 1, p.part[0].w.cols, pitch, x + j * wide);
     __syncthreads();
-    const __nv_bfloat16* own = lane / 4 < count ? x + lane / 4 * wide : nullptr;
-    if (first > 0) {
-      ahead.load(part.w, run.matrix, mine, warp, lane);
-      if (Gated) ahead_up.load(part.up, run.matrix, mine, warp, lane);
+  }
+  float c[4] = {}, total = 0;
+  int buffer = 0, staged_stack = -1, staged_turn = -1;
+  while (at.group < end) {
+    const int first = K == Kind::sum ? 0 : at.turn * few_rows, count = K == Kind::sum ? 1 : min(few_rows, at.run.count - first);
+    const __nv_bfloat16* own = nullptr;
+    if constexpr (K == Kind::sum) {
+      if (lane / 4 < 2 && 2 * at.turn + lane / 4 < p.matrices) own = x + (2 * at.turn + lane / 4) * wide;
+    } else {
+      const int stack = p.runs || p.x.head ? at.stack : 0;
+      if (stack != staged_stack || at.turn != staged_turn) {
+        stage(p, p.runs ? 0 : at.stack, at.run.first + first, count, p.part[0].w.cols, pitch, x);
+        __syncthreads();
+        staged_stack = stack, staged_turn = at.turn;
+      }
+      if (lane / 4 < count) own = x + lane / 4 * wide;
     }
-    float c[4] = {}, u[4] = {};
-    sum_rows(c, ahead, part.w, run.matrix, mine, warp, own, lane);
-    if (Gated) sum_rows(u, ahead_up, part.up, run.matrix, mine, warp, own, lane);
+    const bool more = ahead.group < end;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sums[warp][lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = c[i];
-      if (Gated) ups[warp][lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = u[i];
+    for (int i = 0; i < P::depth; ++i) {
+      const int now = column(at.step, i), later = column(ahead.step, i);
+      if (now < pitch) piece[i].add_to(c, own ? own + now : nullptr, lane);
+      if (more && later < pitch) piece[i].load(source, later, lane);
+    }
+    if (more && ahead.advance(p, steps, end) && ahead.group < end) source = ahead.source(p, lane);
+    const Place<K> was = at;
+    if (!at.advance(p, steps, end)) continue;
+    if constexpr (K == Kind::sum) {
+      // A quarter's first lane has a row's sums: of the one expert in column 0 of the upper rows, of the other in column 1 of the lower.
+      total += weight[2 * was.turn] * c[0];
+      if (2 * was.turn + 1 < p.matrices) total += weight[2 * was.turn + 1] * c[3];
+      c[0] = c[1] = c[2] = c[3] = 0;
+      if (at.group == was.group) continue;
+      if (lane % 4 == 0) sums[buffer][warp][lane / 4][0] = total;
+      total = 0;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[buffer][warp][lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = c[i], c[i] = 0;
     }
     __syncthreads();
-    if (threadIdx.x < block_rows * few_rows) finish(part, head, run.first + first, count, row, sums, Gated ? ups : nullptr);
-    __syncthreads();
+    finish<K>(p.part[was.part], p.runs || K == Kind::sum ? 0 : was.stack, was.run.first + first, count, was.row, sums[buffer]);
+    buffer ^= 1;
   }
 }
 
-// One token's sum over its experts, y += Σ weight[j] · W_choice[j] x[j]: a block has 16 rows of all of them.
-template <DType Type>
-__global__ void __launch_bounds__(threads, 1) sum_kernel(const __grid_constant__ Product p, const float* weight) {
-  extern __shared__ __align__(16) uint8_t memory[];
-  auto* x = reinterpret_cast<__nv_bfloat16*>(memory);  // [matrices, wide]
-  __shared__ float sums[warps][block_rows];
-  const PackedMatrix& w = p.part[0].w;
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, row = int(blockIdx.x) * block_rows, mine = row + lane / 4;
-  Ahead<Type, Piece<Type>::depth> ahead, next;
-  if (!p.choice_is_old) wait_previous_kernel();
-  ahead.load(w, p.choice[0], mine, warp, lane);
-  begin_kernel();
-  const int wide = shared_pitch(w.pitch);
-  for (int j = 0; j < p.matrices; ++j) stage(p, j, 0, 1, w.cols, w.pitch, x + j * wide);
-  __syncthreads();
-  float total[4] = {};
-  for (int j = 0; j < p.matrices; ++j) {
-    const int matrix = p.choice[j];
-    if (j + 1 < p.matrices) next.load(w, p.choice[j + 1], mine, warp, lane);
-    float c[4] = {};
-    sum_rows(c, ahead, w, matrix, mine, warp, lane / 4 == 0 ? x + j * wide : nullptr, lane);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) total[i] += weight[j] * c[i];
-    ahead = next;
-  }
-  if (lane % 4 == 0) sums[warp][lane / 4] = total[0], sums[warp][lane / 4 + 8] = total[2];
-  __syncthreads();
-  if (threadIdx.x >= block_rows || row + int(threadIdx.x) >= w.rows) return;
-  float* out = static_cast<float*>(p.part[0].y.data) + row + threadIdx.x;
-  float y = *out;
-  for (int i = 0; i < warps; ++i) y += sums[i][threadIdx.x];
-  *out = y;
+template <DType Type, Kind K>
+void run(const Product& p, const float* weight, cudaStream_t stream) {
+  int pitch = 0;
+  for (int i = 0; i < p.parts; ++i) pitch = std::max(pitch, p.part[i].w.pitch);
+  const int groups = groups_of(p, K) * (K == Kind::sum ? 1 : p.runs ? p.most_runs : p.matrices);
+  const size_t shared = size_t(K == Kind::sum ? p.matrices : std::min(p.most, few_rows)) * size_t(shared_pitch(pitch)) * 2;
+  launch(gemv_kernel<Type, K>, unsigned(std::min(groups, most_blocks)), threads, shared, stream, p, weight);
 }
 
-template <DType Type>
-void run_sum(const Product& p, const float* weight, cudaStream_t stream) {
-  const PackedMatrix& w = p.part[0].w;
-  const size_t shared = size_t(p.matrices) * size_t(shared_pitch(w.pitch)) * 2;
-  launch(sum_kernel<Type>, unsigned(w.padded_rows() / block_rows), threads, shared, stream, p, weight);
-}
-
-template <DType Type>
-void run(const Product& p, cudaStream_t stream) {
-  int groups = 0, pitch = 0;
-  for (int i = 0; i < p.parts; ++i) {
-    groups += p.part[i].w.padded_rows() / block_rows;
-    pitch = std::max(pitch, p.part[i].w.pitch);
+template <Kind K>
+void run(const Product& p, const float* weight, cudaStream_t stream) {
+  switch (p.part[0].w.type) {
+    case DType::bf16: return run<DType::bf16, K>(p, weight, stream);
+    case DType::q8_0: return run<DType::q8_0, K>(p, weight, stream);
+    case DType::q4_0: return run<DType::q4_0, K>(p, weight, stream);
+    default: require(false, "products of these weights with few rows");
   }
-  const size_t shared = size_t(std::min(p.most, few_rows)) * size_t(shared_pitch(pitch)) * 2;
-  const dim3 grid(unsigned(groups), unsigned(p.runs ? p.most_runs : p.matrices));
-  if (p.part[0].up.data)
-    launch(gemv_kernel<Type, true>, grid, threads, shared, stream, p);
-  else
-    launch(gemv_kernel<Type, false>, grid, threads, shared, stream, p);
 }
 
 }  // namespace
@@ -335,12 +377,10 @@ void run(const Product& p, cudaStream_t stream) {
 void product_gemv(const Product& p, cudaStream_t stream) {
   for (int i = 1; i < p.parts; ++i)
     require(p.part[i].w.type == p.part[0].w.type && p.part[i].w.cols == p.part[0].w.cols, "these products together");
-  switch (p.part[0].w.type) {
-    case DType::bf16: return run<DType::bf16>(p, stream);
-    case DType::q8_0: return run<DType::q8_0>(p, stream);
-    case DType::q4_0: return run<DType::q4_0>(p, stream);
-    default: require(false, "products of these weights with few rows");
-  }
+  if (p.part[0].up.data)
+    run<Kind::gated>(p, nullptr, stream);
+  else
+    run<Kind::plain>(p, nullptr, stream);
 }
 
 bool product_sum_takes(const Product& p) {
@@ -349,12 +389,9 @@ bool product_sum_takes(const Product& p) {
 }
 
 void product_sum(const Product& p, const float* weight, cudaStream_t stream) {
-  switch (p.part[0].w.type) {
-    case DType::bf16: return run_sum<DType::bf16>(p, weight, stream);
-    case DType::q8_0: return run_sum<DType::q8_0>(p, weight, stream);
-    case DType::q4_0: return run_sum<DType::q4_0>(p, weight, stream);
-    default: require(false, "a sum of products of these weights");
-  }
+  Product sum = p;
+  sum.part[0].y.add = true;
+  run<Kind::sum>(sum, weight, stream);
 }
 
 }  // namespace mla::cuda

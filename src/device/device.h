@@ -106,6 +106,11 @@ class Device {
   virtual void linear(Tensor x, std::span<const Projection> projections) = 0;
   void linear(Tensor x, std::initializer_list<Projection> projections) { linear(x, std::span(projections.begin(), projections.size())); }
   void linear(Tensor x, const Weight& w, Tensor bias, Tensor y, bool add = false) { linear(x, {{w, bias, y, add}}); }
+  // Products of rms_norm(x, norm, eps), which h, of x's shape, has room for; what is in h then is not said.
+  virtual void linear_normed(Tensor x, Tensor norm, float eps, Tensor h, std::span<const Projection> projections) {
+    rms_norm(x, norm, eps, h);
+    linear(h, projections);
+  }
   // y [n, H, rows] = x f32 [n, H, cols] with its own matrix for each head; w.count = H. Both may be strided in dims 0 and 1; y is f32 or of
   // query_type.
   virtual void linear_heads(Tensor x, const Weight& w, Tensor y) = 0;
@@ -113,6 +118,14 @@ class Device {
   virtual void ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tensor out) = 0;
   // Scores f32 logits [n, experts] to expert i32 [n, k] and weight f32 [n, k]; equal scores go to the lower index.
   virtual void route(Tensor logits, const RouterConfig& config, Routing out) = 0;
+
+  // The gate of a mixture from the residual stream x [n, D]: h = rms_norm(x), scores f32 [n, experts] = h routerᵀ, and where they send it.
+  virtual void gate(Tensor x, Tensor norm, float eps, Tensor h, const Weight& router, const RouterConfig& config, Tensor scores,
+                    Routing out) {
+    rms_norm(x, norm, eps, h);
+    linear(h, router, {}, scores);
+    route(scores, config, out);
+  }
 
   // For each row of logits f32 [n, vocab] an id: with temperature 0 that of the largest, the lower of equals; else the one that at[row] in
   // [0, 1) falls on when ids share [0, 1) in order, by exp(logit / temperature). -1 where the logits are no numbers. Returns false, and

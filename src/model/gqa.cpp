@@ -8,12 +8,11 @@ void attend_gqa(Step& s, int layer, const GqaWeights& w, Tensor x) {
   ArenaScope scope(s.arena);
   const int64_t n = x.shape[0], n_h = c.num_attention_heads, n_g = c.num_key_value_heads, d_h = c.head_dim;
   Tensor h = s.arena.tensor(DType::f32, {n, c.hidden_size});
-  s.device.rms_norm(x, w.attn_norm, float(c.rms_norm_eps), h);
-
   Tensor q = s.arena.tensor(DType::f32, {n, n_h * d_h});
   Tensor rows = s.arena.tensor(DType::f32, {n, 2 * n_g * d_h});  // [keys | values], as the cache has them
-  s.device.linear(
-      h, {{w.q, w.q_bias, q}, {w.k, w.k_bias, slice(rows, 1, 0, n_g * d_h)}, {w.v, w.v_bias, slice(rows, 1, n_g * d_h, n_g * d_h)}});
+  const Projection projections[] = {
+      {w.q, w.q_bias, q}, {w.k, w.k_bias, slice(rows, 1, 0, n_g * d_h)}, {w.v, w.v_bias, slice(rows, 1, n_g * d_h, n_g * d_h)}};
+  s.device.linear_normed(x, w.attn_norm, float(c.rms_norm_eps), h, projections);
   q = view(q.data, DType::f32, {n, n_h, d_h}, q.place);
   Tensor k = view(rows.data, DType::f32, {n, 2 * n_g, d_h}, rows.place);
   s.device.rope(q, s.cos_sin, c.rope_interleaved);

@@ -19,17 +19,21 @@ struct Projected {
   Tensor latents;  // [n, d_c + d_R]: [c_kv ; k_R] (eq. 9 and 15), before the latent is normed and the key rotated
 };
 
-Projected project(Step& s, const MlaWeights& w, Tensor h) {
+Projected project(Step& s, const MlaWeights& w, Tensor x) {
   const Config& c = s.config;
-  const int64_t n = h.shape[0], n_h = c.num_attention_heads, d_h = c.qk_nope_head_dim, d_R = c.qk_rope_head_dim, d_c = c.kv_lora_rank;
+  const int64_t n = x.shape[0], n_h = c.num_attention_heads, d_h = c.qk_nope_head_dim, d_R = c.qk_rope_head_dim, d_c = c.kv_lora_rank;
   Tensor q = s.arena.tensor(DType::f32, {n, n_h * (d_h + d_R)});
   Tensor rows = s.arena.tensor(DType::f32, {n, d_c + d_R});
+  Tensor h = s.arena.tensor(DType::f32, {n, c.hidden_size});
+  auto linear = [&](std::initializer_list<Projection> projections) {
+    s.device.linear_normed(x, w.attn_norm, float(c.rms_norm_eps), h, std::span(projections.begin(), projections.size()));
+  };
   if (w.q) {
-    s.device.linear(h, {{w.q, {}, q}, {w.kv_a, w.kv_a_bias, rows}});
+    linear({{w.q, {}, q}, {w.kv_a, w.kv_a_bias, rows}});
   } else {
     ArenaScope scope(s.arena);
     Tensor latent = s.arena.tensor(DType::f32, {n, c.q_lora_rank});
-    s.device.linear(h, {{w.q_a, w.q_a_bias, latent}, {w.kv_a, w.kv_a_bias, rows}});
+    linear({{w.q_a, w.q_a_bias, latent}, {w.kv_a, w.kv_a_bias, rows}});
     s.device.rms_norm(latent, w.q_a_norm, float(c.latent_norm_eps), latent);
     s.device.linear(latent, w.q_b, {}, q);
   }
@@ -108,9 +112,7 @@ void attend_mla(Step& s, int layer, const MlaWeights& w, Tensor x) {
   const Config& c = s.config;
   ArenaScope scope(s.arena);
   const int64_t n = x.shape[0], n_h = c.num_attention_heads, d_v = c.v_head_dim;
-  Tensor h = s.arena.tensor(DType::f32, {n, c.hidden_size});
-  s.device.rms_norm(x, w.attn_norm, float(c.rms_norm_eps), h);
-  const auto [q, rows] = project(s, w, h);
+  const auto [q, rows] = project(s, w, x);
   const Kv kv = s.cache.layer(layer);
   s.device.store_latents(rows, w.kv_a_norm, float(c.latent_norm_eps), s.cos_sin, c.rope_interleaved, s.slots, kv);
   s.note("attn.latent", rows);

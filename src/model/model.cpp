@@ -106,11 +106,9 @@ void feed_forward(Step& s, const Layer& layer, Tensor x) {
   }
   // DeepSeekMoE (eq. 20-22): h' = u + Σ shared(u) + Σ g_i expert_i(u)
   const auto& moe = std::get<MoeFfn>(layer.ffn);
-  s.device.rms_norm(x, moe.norm, float(c.rms_norm_eps), h);
   Tensor scores = s.arena.tensor(DType::f32, {n, c.n_routed_experts});
-  s.device.linear(h, moe.router, {}, scores);
   const Routing routing{s.arena.tensor(DType::i32, {n, c.num_experts_per_tok}), s.arena.tensor(DType::f32, {n, c.num_experts_per_tok})};
-  s.device.route(scores, c.router(), routing);
+  s.device.gate(x, moe.norm, float(c.rms_norm_eps), h, moe.router, c.router(), scores, routing);
   s.note("ffn.scores", scores);
   s.note("ffn.gate_weight", routing.weight);
   if (moe.shared.gate) s.device.ffn(h, moe.shared, nullptr, x);

@@ -175,6 +175,30 @@ TEST_P(LinearTest, projections_together_are_projections_apart) {
   }
 }
 
+TEST_P(LinearTest, normed_products_are_products_of_norms) {
+  const auto device = GetParam().machine.open(2);
+  const int64_t rows[] = {83, 35}, cols = is_quantised(GetParam().type) ? 512 : 203;
+  for (const int64_t n : {1, 5, 19}) {
+    auto x = ref::random_floats(n * (cols + 3), 91, 3), norm = ref::random_floats(cols, 92);
+    std::vector<float> h(size_t(n * cols), nan), y(size_t(n * 83), nan), z(size_t(n * 35), nan), expected(size_t(n * 83), nan);
+    const Weight v = device->pack(Fixture(GetParam().type, 1, rows[0], cols, 93).tensor()),
+                 w = device->pack(Fixture(GetParam().type, 1, rows[1], cols, 94).tensor());
+    Tensor in = view(x.data(), DType::f32, {n, cols});
+    in.stride[0] = cols + 3;
+    const Tensor scale = view(norm.data(), DType::f32, {cols}), room = view(h.data(), DType::f32, {n, cols});
+    const Projection both[] = {{v, {}, view(y.data(), DType::f32, {n, rows[0]})}, {w, {}, view(z.data(), DType::f32, {n, rows[1]})}};
+    device->linear_normed(in, scale, 1e-6F, room, both);
+    device->rms_norm(in, scale, 1e-6F, room);
+    auto check = [&](const Weight& weight, const std::vector<float>& got, int64_t count) {
+      device->linear(room, weight, {}, view(expected.data(), DType::f32, {n, count}));
+      EXPECT_LT(ref::relative_error(got.data(), {expected.begin(), expected.begin() + n * count}), GetParam().machine.kernels ? 1e-6 : 5e-3)
+          << n;
+    };
+    check(v, y, rows[0]);
+    check(w, z, rows[1]);
+  }
+}
+
 // With the second pass, products are those of the dequantised weights.
 TEST_P(LinearTest, sixteen_bit_activations_lose_nothing) {
   if (!is_quantised(GetParam().type) || !GetParam().machine.kernels) GTEST_SKIP() << "activations are not quantised";

@@ -75,6 +75,38 @@ TEST_P(PointwiseTest, route) {
     }
 }
 
+TEST_P(PointwiseTest, gate) {
+  const auto device = GetParam().open(2);
+  for (const auto& [experts, groups, top_groups, k, d] :
+       {std::array{8, 1, 1, 2, 24}, std::array{64, 1, 1, 6, 2048}, std::array{160, 8, 3, 6, 5120}, std::array{5, 1, 1, 1, 77}})
+    for (const int64_t n : {1, 3, 40}) {
+      RouterConfig c;
+      c.gating = groups > 1 ? Gating::group_limited_greedy : Gating::greedy;
+      c.experts = experts, c.top_k = k, c.groups = groups, c.top_groups = top_groups;
+      const int64_t pitch = d + 5;
+      auto x = ref::random_floats(n * pitch, 6, 3), norm = ref::random_floats(d, 7), w = ref::random_floats(int64_t(experts) * d, 8, 0.05);
+      std::vector<float> h(size_t(n * d), std::numeric_limits<float>::quiet_NaN()), weight(size_t(n * k), h[0]),
+          scores(size_t(n * experts), h[0]);
+      std::vector<int32_t> expert(size_t(n * k), -1);
+      const Weight router = device->pack(view(w.data(), DType::f32, {experts, d}));
+      Tensor in = view(x.data(), DType::f32, {n, d});
+      in.stride[0] = pitch;
+      device->gate(in, view(norm.data(), DType::f32, {d}), 1e-6F, view(h.data(), DType::f32, {n, d}), router, c,
+                   view(scores.data(), DType::f32, {n, experts}),
+                   {view(expert.data(), DType::i32, {n, k}), view(weight.data(), DType::f32, {n, k})});
+      const ref::Matrix matrix = ref::to_double(w.data(), experts, d, d);
+      for (int64_t i = 0; i < n; ++i) {
+        const ref::Row normed = ref::rms_norm({x.begin() + i * pitch, x.begin() + i * pitch + d}, {norm.begin(), norm.end()}, 1e-6);
+        EXPECT_LT(ref::relative_error(h.data() + i * d, normed), 2e-6) << d;
+        EXPECT_LT(ref::relative_error(scores.data() + i * experts, ref::product(matrix, normed)), 1e-5) << d;
+        // From the scores that were given: where two are close, which is ahead is a matter of rounding.
+        const ref::Route r = ref::route({scores.begin() + i * experts, scores.begin() + (i + 1) * experts}, c);
+        EXPECT_EQ(r.expert, std::vector<int>(expert.begin() + i * k, expert.begin() + (i + 1) * k));
+        EXPECT_LT(ref::relative_error(weight.data() + i * k, r.weight), 1e-5);
+      }
+    }
+}
+
 // A group's score is the best expert in it, not the sum of the best two.
 TEST_P(PointwiseTest, a_group_scores_by_its_best_expert) {
   const auto device = GetParam().open(1);
