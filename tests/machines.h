@@ -167,8 +167,8 @@ inline std::vector<Machine> machines() {
   try {
     make_cuda(0);
     all.push_back({nullptr});
-  } catch (const Error&) {
-    // no GPU here, or no code for it
+  } catch (const Error& e) {
+    if (e.kind() != ErrorKind::input) throw;  // there is one, and it fails; else there is none, or no code for it
   }
   return all;
 }

@@ -32,9 +32,10 @@ __global__ void __launch_bounds__(block_threads)
   logits += blockIdx.x * stride;
   const int thread = int(threadIdx.x);
   Best best{-INFINITY, vocab};
-  for (int i = thread; i < vocab; i += block_threads) best.join(logits[i], i);
+  bool bad = false;
+  for (int i = thread; i < vocab; i += block_threads) best.join(logits[i], i), bad = bad || isnan(logits[i]);
   best = best_of_block(best);
-  if (best.id >= vocab || !isfinite(best.logit)) {
+  if (__syncthreads_or(bad) || best.id >= vocab || !isfinite(best.logit)) {
     if (thread == 0) ids[blockIdx.x] = -1;
     return;
   }

@@ -66,12 +66,12 @@ void CudaDevice::step(const StepInputs& in, uint64_t key, const std::function<vo
   const auto recipe = key ? graphs_.recipe(key) : std::nullopt;
   std::optional<DecodePlan> plan;
   if (recipe) plan = plan_decode(in.spans, recipe->causal, recipe->n_h, recipe->page_tokens, properties_.multiProcessorCount);
-  inputs_.begin(in, page_tokens, plan ? &*plan : nullptr);
-  key_ = key;
   struct End {
     CudaDevice& d;
     ~End() { d.inputs_.end(), d.plans_.clear(), d.key_ = 0; }
   } end{*this};
+  inputs_.begin(in, page_tokens, plan ? &*plan : nullptr);
+  key_ = key;
   if (key == 0) return issue();
   StepGraphs::Shape shape{};
   {

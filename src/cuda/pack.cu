@@ -127,9 +127,9 @@ __global__ void embed_kernel(const int32_t* ids, PackedMatrix w, float* out, int
 
 __global__ void decode_kernel(PackedMatrix from, PackedMatrix to) {
   begin_kernel();
-  const int64_t matrix = blockIdx.z, row = blockIdx.y;
+  const int64_t matrix = blockIdx.z, row = blockIdx.x;
   auto* out = reinterpret_cast<__nv_bfloat16*>(const_cast<std::byte*>(to.codes(matrix, row)));
-  for (int i = int(blockIdx.x * blockDim.x + threadIdx.x); i < to.pitch; i += int(gridDim.x * blockDim.x))
+  for (int i = int(blockIdx.y * blockDim.x + threadIdx.x); i < to.pitch; i += int(gridDim.y * blockDim.x))
     out[i] = __float2bfloat16(i < from.pitch ? packed_at(from, matrix, row, i) : 0);
 }
 
@@ -155,7 +155,7 @@ constexpr size_t most_upload_bytes = size_t(64) << 20;  // at a time, to bound t
 void decode_to_bf16(const PackedMatrix& from, int64_t count, std::byte* to, cudaStream_t stream) {
   PackedMatrix out = packed(DType::bf16, from.rows, from.cols);
   out.data = to;
-  launch(decode_kernel, dim3(unsigned(ceil_div(out.pitch, 1024)), unsigned(out.padded_rows()), unsigned(count)), 256, 0, stream, from, out);
+  launch(decode_kernel, dim3(unsigned(out.padded_rows()), unsigned(ceil_div(out.pitch, 1024)), unsigned(count)), 256, 0, stream, from, out);
 }
 
 Weight CudaDevice::pack(std::span<const Tensor> pieces) {

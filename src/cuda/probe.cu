@@ -1,4 +1,4 @@
-// Best of several passes over memory, and of several large products.
+// The mean of several passes over memory, and of several large products.
 #include "cuda/memory.h"
 #include "cuda/probe.h"
 #include "cuda/product.h"
@@ -24,25 +24,26 @@ __global__ void __launch_bounds__(1024) read_kernel(const uint4* from, int64_t c
   if (sum == 0x12345678) *to = sum;  // so that nothing is left out
 }
 
-// Times `once` again and again; returns the least seconds.
+// Times `once` again and again; returns the mean seconds.
 template <class Once>
-double least_seconds(cudaStream_t stream, double seconds, Once once) {
+double mean_seconds(cudaStream_t stream, double seconds, Once once) {
   cudaEvent_t begin, end;
   check(cudaEventCreate(&begin));
   check(cudaEventCreate(&end));
-  double best = 1e9, total = 0;
+  double total = 0;
+  int passes = 0;
   once();
-  for (int i = 0; i < 3 || (total < seconds && i < 200); ++i) {
+  for (; passes < 3 || (total < seconds && passes < 200); ++passes) {
     check(cudaEventRecord(begin, stream));
     once();
     check(cudaEventRecord(end, stream));
     check(cudaEventSynchronize(end));
     float ms = 0;
     check(cudaEventElapsedTime(&ms, begin, end));
-    best = std::min(best, ms * 1e-3), total += ms * 1e-3;
+    total += ms * 1e-3;
   }
   cudaEventDestroy(begin), cudaEventDestroy(end);
-  return best;
+  return total / passes;
 }
 
 size_t free_bytes() {
@@ -58,10 +59,10 @@ double probe_read(cudaStream_t stream, double seconds) {
   const GpuBuffer buffer(bytes);
   auto* words = reinterpret_cast<uint32_t*>(buffer.data());
   fill_kernel<<<1024, 256, 0, stream>>>(words, int64_t(bytes / 4), ~0u, 0);
-  const double best = least_seconds(
+  const double one = mean_seconds(
       stream, seconds, [&] { read_kernel<<<264, 1024, 0, stream>>>(reinterpret_cast<const uint4*>(words), int64_t(bytes / 16), words); });
   check(cudaGetLastError());
-  return double(bytes) / best * 1e-9;
+  return double(bytes) / one * 1e-9;
 }
 
 double probe_bf16(cudaStream_t stream, double seconds) {
@@ -77,8 +78,8 @@ double probe_bf16(cudaStream_t stream, double seconds) {
   p.part[0].w.data = w.data();
   p.parts = 1, p.matrices = 1, p.n = p.most = n;
   p.x = {x.data(), true, n, 0, nullptr};
-  const double best = least_seconds(stream, seconds, [&] { product_gemm(p, {x.data(), n, n, 256}, stream); });
-  return 2.0 * double(n) * double(n) * double(n) / best * 1e-9;
+  const double one = mean_seconds(stream, seconds, [&] { product_gemm(p, {x.data(), n, n, 256}, stream); });
+  return 2.0 * double(n) * double(n) * double(n) / one * 1e-9;
 }
 
 }  // namespace mla::cuda

@@ -64,7 +64,7 @@ StagedInputs::~StagedInputs() {
 }
 
 void StagedInputs::begin(const StepInputs& in, int page_tokens, const DecodePlan* plan) {
-  in_ = in, page_tokens_ = page_tokens, active_ = true;
+  in_ = in, page_tokens_ = page_tokens, active_ = false;
   std::vector<GpuSpan> table;
   std::vector<int32_t> pages;
   list_spans(in.spans, page_tokens, table, pages);
@@ -115,6 +115,7 @@ void StagedInputs::begin(const StepInputs& in, int page_tokens, const DecodePlan
                              at(items, static_cast<DecodeItem*>(nullptr)),
                              at(merges, static_cast<DecodeMerge*>(nullptr)),
                              at(plan_pages, static_cast<int32_t*>(nullptr))};
+  active_ = true;
 }
 
 const void* StagedInputs::find(const void* data, size_t bytes) const {

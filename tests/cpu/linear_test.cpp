@@ -310,6 +310,22 @@ TEST_P(LinearTest, feeds_forward) {
   }
 }
 
+TEST_P(LinearTest, more_rows_than_a_grid_is_high) {
+  if (GetParam().machine.kernels) GTEST_SKIP() << "processors have no grids";
+  const auto device = GetParam().machine.open(1);
+  const int64_t rows = 70000, cols = 256, n = 50;
+  Fixture f(GetParam().type, 1, rows, cols, 151);
+  const Weight w = device->pack(f.tensor());
+  auto x = ref::random_floats(n * cols, 152);
+  std::vector<float> y(size_t(n * rows), nan);
+  device->linear(view(x.data(), DType::f32, {n, cols}), w, {}, view(y.data(), DType::f32, {n, rows}));
+  const ref::Matrix matrix = f.matrix(0);
+  const ref::Row first = ref::to_double(x.data(), n, cols, cols)[0];
+  EXPECT_LT(ref::relative_error(y.data(), ref::product(matrix, first)),
+            tolerance(GetParam().machine.activations(GetParam().type)) * (GetParam().keeps_weights() ? 1 : 3));
+  for (const float v : y) ASSERT_FALSE(std::isnan(v));
+}
+
 // Shared experts beside those that tokens go to, where they are as wide as two or three of these, and where they are not.
 TEST_P(LinearTest, mixes_shared_and_routed_experts) {
   const auto device = GetParam().machine.open(2);

@@ -12,7 +12,10 @@ Device* gpu() {
   static const std::unique_ptr<Device> device = [] {
     try {
       return make_cuda(0);
-    } catch (const Error&) { return std::unique_ptr<Device>(); }
+    } catch (const Error& e) {
+      if (e.kind() != ErrorKind::input) throw;  // there is one, and it fails
+      return std::unique_ptr<Device>();
+    }
   }();
   return device.get();
 }
@@ -103,15 +106,13 @@ TEST_P(Gpu, RepeatedStepsAreFreshOnes) {
       last[i].assign(row, row + logits.shape[1]);
     }
   }
-  for (size_t i = 0; i < 3; ++i) {
-    const size_t length = starts[i] + (i == 2 ? 30 : 80);
+  for (size_t i = 0; i < 2; ++i) {  // the third ended on the way, so that steps are of two sizes
+    const size_t length = starts[i] + 80;
     LatentCache fresh = model.make_cache(256, DType::bf16);
     const auto alone = step(model, fresh, fresh.open(), ids.first(length));
-    if (i < 2) {
-      const Difference d = difference(last[i], alone);
-      EXPECT_LE(d.median, 2 * bf16_median) << "sequence " << i;
-      EXPECT_LE(d.max, most) << "sequence " << i;
-    }
+    const Difference d = difference(last[i], alone);
+    EXPECT_LE(d.median, 2 * bf16_median) << "sequence " << i;
+    EXPECT_LE(d.max, most) << "sequence " << i;
   }
 }
 
@@ -157,12 +158,15 @@ TEST(GpuDevice, ChoosesAsTheHostDoes) {
     }
     EXPECT_GE(same, draws - 1) << vocab;  // a draw on the border of two ids may fall on either side
   }
-  std::vector<float> bad(4, NAN);
-  const Buffer memory(16, gpu()->memory());
-  gpu()->memory().upload(bad.data(), memory.data(), 16);
-  std::vector<int32_t> id(1);
-  ASSERT_TRUE(gpu()->choose(view(memory.data(), DType::f32, {1, 4}, Place::device), 0, {}, id));
-  EXPECT_EQ(id[0], -1);
+  for (const std::vector<float>& bad : {std::vector<float>{NAN, NAN, NAN, NAN}, std::vector<float>{1, 2, NAN, 0}})
+    for (const double temperature : {0.0, 1.0}) {
+      const Buffer memory(16, gpu()->memory());
+      gpu()->memory().upload(bad.data(), memory.data(), 16);
+      std::vector<int32_t> id(1);
+      const double at[] = {0.5};
+      ASSERT_TRUE(gpu()->choose(view(memory.data(), DType::f32, {1, 4}, Place::device), temperature, at, id));
+      EXPECT_EQ(id[0], -1);
+    }
 }
 
 // What the program does: a text written on the GPU is the text the CPU writes, greedy, for one prompt and for several.
