@@ -155,7 +155,7 @@ TEST_F(WrongInput, Doctor) {
   };
   refused({"doctor", "no/such/model", "--json"}, "does not exist");
   refused({"doctor", path("not.gguf"), "--json"}, "not.gguf");
-  refused({"doctor", "--device", "cuda:9"}, "CUDA");
+  refused({"doctor", "--device", "cuda:9"}, "--device");
   refused({"doctor", "--threads", "-1"}, "--threads is -1");
   refused({"doctor", model(), "extra"}, "extra");
 }
