@@ -54,9 +54,6 @@ class FromHost final : public Device {
       d_->ffn(there(x), w, routing ? &moved : nullptr, there(out));
     });
   }
-  void mixture(Tensor x, const FfnWeights& shared, const FfnWeights& experts, const Routing& routing, Tensor out) override {
-    run([&] { d_->mixture(there(x), shared, experts, {there(routing.expert), there(routing.weight)}, there(out)); });
-  }
   void route(Tensor logits, const RouterConfig& config, Routing out) override {
     run([&] { d_->route(there(logits), config, {there(out.expert), there(out.weight)}); });
   }

@@ -108,12 +108,7 @@ class Bench {
       device_.memory().upload(weight.data(), routing.back().weight.data, weight.size() * 4);
       read += 6.0 * double(std::count(any.begin(), any.end(), true)) * double(width * hidden) / routings;
     }
-    const int64_t wide = 2 * width;
     int turn = 0;
-    time("shared and routed experts", n, read + 6.0 * double(wide * hidden), wanted, [&, this] {
-      const FfnWeights shared{next(DType::bf16, 1, wide, hidden), next(DType::bf16, 1, wide, hidden), next(DType::bf16, 1, hidden, wide)};
-      device_.mixture(slice(x_, 1, 0, hidden), shared, w, routing[size_t(turn++ % routings)], slice(y_, 1, 0, hidden));
-    });
     time("routed experts", n, read, wanted,
          [&, this] { device_.ffn(slice(x_, 1, 0, hidden), w, &routing[size_t(turn++ % routings)], slice(y_, 1, 0, hidden)); });
   }

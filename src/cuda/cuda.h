@@ -31,7 +31,6 @@ class CudaDevice final : public Device {
   void linear_normed(Tensor x, Tensor norm, float eps, Tensor h, std::span<const Projection> projections) override;
   void linear_heads(Tensor x, const Weight& w, Tensor y) override;
   void ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tensor out) override;
-  void mixture(Tensor x, const FfnWeights& shared, const FfnWeights& experts, const Routing& routing, Tensor out) override;
   void route(Tensor logits, const RouterConfig& config, Routing out) override;
   void gate(Tensor x, Tensor norm, float eps, Tensor h, const Weight& router, const RouterConfig& config, Tensor scores,
             Routing out) override;

@@ -164,36 +164,4 @@ void CudaDevice::ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tens
     combine(combine_kernel<float>, static_cast<const float*>(y));
 }
 
-void CudaDevice::mixture(Tensor x, const FfnWeights& shared, const FfnWeights& experts, const Routing& routing, Tensor out) {
-  const PackedMatrix gate = packed(experts.gate), up = packed(experts.up), down = packed(experts.down);
-  const int width = gate.rows, k = int(routing.expert.shape[1]);
-  // One token's shared experts are as many more of its experts, which it meets before it is known which the others are. Stretches of their
-  // down projection serve as matrices of their own.
-  bool alike = x.shape[0] == 1 && shared.gate && shared.gate.count == 1 && gate.type != DType::f32 && width % 128 == 0 &&
-               shared.gate.rows % width == 0 && shared.gate.cols == gate.cols && shared.up.rows == shared.gate.rows &&
-               shared.down.rows == down.rows && shared.down.cols == shared.gate.rows;
-  for (const Weight* w : {&experts.up, &experts.down, &shared.gate, &shared.up, &shared.down}) alike = alike && w->dtype == gate.type;
-  if (!alike) return Device::mixture(x, shared, experts, routing, out);
-  require(x.rank == 2 && out.rank == 2 && out.shape[0] == 1 && out.shape[1] == down.rows && x.shape[1] == gate.cols &&
-              routing.weight.count() == k && routing.expert.contiguous() && routing.weight.contiguous(),
-          "a mixture", x, out);
-  ArenaScope scope(scratch_);
-  auto* hidden = static_cast<__nv_bfloat16*>(scratch_.bytes(size_t(k * width + shared.gate.rows) * 2));
-  Product first{};
-  first.parts = 2, first.matrices = k, first.n = first.most = 1, first.beside = true;
-  first.choice = routing.expert.as<int32_t>(), first.choice_is_old = fresh_choice_ != first.choice;
-  Product second = first;
-  first.x = {x.data, false, x.stride[0], 0, nullptr};
-  first.part[0] = {gate, up, {hidden, true, width, width, nullptr, false}};
-  first.part[1] = {packed(shared.gate), packed(shared.up), {hidden + k * width, true, 0, 0, nullptr, false}};
-  second.choice_is_old = true;
-  second.x = {hidden, true, width, width, nullptr};
-  second.part[0] = {down, {}, {out.data, false, out.stride[0], 0, nullptr, true}};
-  second.part[1] = {packed(shared.down), {}, {}};
-  if (!product_sum_takes(second)) return Device::mixture(x, shared, experts, routing, out);
-  fresh_choice_ = nullptr;
-  product_gemv(first, stream_);
-  product_sum(second, routing.weight.f32(), stream_);
-}
-
 }  // namespace mla::cuda

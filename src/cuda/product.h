@@ -47,7 +47,6 @@ struct Product {
   int most;  // rows that meet one matrix, at most
   const int32_t* choice;
   bool choice_is_old;  // it, or the runs, written by a kernel before the one before
-  bool beside;         // by product_gemv: the second part is one matrix more, which the rows meet beside those of their choice
   const Run* runs;
   const int32_t* run_count;
   int most_runs, tile;  // runs have at most `tile` rows; up to few_rows, or 0 for any number, they are for product_gemv
@@ -58,8 +57,7 @@ constexpr int few_rows = 8;
 
 void product_f32(const Product& p, cudaStream_t stream);   // f32 weights, any number of rows
 void product_gemv(const Product& p, cudaStream_t stream);  // bf16, q8_0, q4_0; rows in groups of 8
-// y += Σ weight[j] · W_choice[j] x[j] for one token, whose x[j] are heads. With a part beside, + Σ V_i x[k + i], where V_i are stretches of
-// the columns of its matrix, each as wide as W.
+// y += Σ weight[j] · W_choice[j] x[j] for one token, whose x[j] are heads.
 bool product_sum_takes(const Product& p);
 void product_sum(const Product& p, const float* weight, cudaStream_t stream);
 // bf16 by Hopper's matrix units: x is bf16, its rows `pitch` apart and in order, n_total of them; `runs` are tiles of at most `tile` rows.

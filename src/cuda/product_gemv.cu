@@ -32,15 +32,10 @@ __device__ uint4 load_once(const void* p) {
   return x;
 }
 
-// A row of weights, with the scales of quantised ones; a lane's fragments have two.
-struct Row {
-  const std::byte* codes;
-  const uint16_t* scales;
-  __device__ Row(const PackedMatrix& w, int64_t matrix, int row) : codes(w.codes(matrix, row)), scales(w.scales(matrix, row)) {}
-};
-
+// The two rows of weights of a lane's fragments; scales of quantised ones.
 struct Source {
-  Row upper, lower;
+  const std::byte *upper, *lower;
+  const uint16_t *upper_scales, *lower_scales;
 };
 
 // What a lane has of 16 rows × `columns` columns: 16 bytes (bf16: twice, so that a row's four lanes have a cache line) of each of its two
@@ -55,7 +50,7 @@ struct Piece<DType::bf16> {
   __device__ void load(const Source& from, int column, int lane) {
     const int at = column * 2 + lane % 4 * 16;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) upper[i] = load_once(from.upper.codes + at + 64 * i), lower[i] = load_once(from.lower.codes + at + 64 * i);
+    for (int i = 0; i < 2; ++i) upper[i] = load_once(from.upper + at + 64 * i), lower[i] = load_once(from.lower + at + 64 * i);
   }
   // x: this lane's row of activations, from the piece's first column on; null for none.
   __device__ void add_to(float (&c)[4], const __nv_bfloat16* x, int lane) const {
@@ -86,9 +81,9 @@ struct Piece<DType::q8_0> {
   uint32_t upper_scale, lower_scale;  // two halves each
   __device__ void load(const Source& from, int column, int lane) {
     const int at = column + lane % 4 * 16;
-    upper = load_once(from.upper.codes + at), lower = load_once(from.lower.codes + at);
-    upper_scale = *reinterpret_cast<const uint32_t*>(from.upper.scales + column / 32);
-    lower_scale = *reinterpret_cast<const uint32_t*>(from.lower.scales + column / 32);
+    upper = load_once(from.upper + at), lower = load_once(from.lower + at);
+    upper_scale = *reinterpret_cast<const uint32_t*>(from.upper_scales + column / 32);
+    lower_scale = *reinterpret_cast<const uint32_t*>(from.lower_scales + column / 32);
   }
   __device__ static void expand(uint32_t first, uint32_t second, uint32_t (&to)[4]) {
 #pragma unroll
@@ -117,9 +112,9 @@ struct Piece<DType::q4_0> {
   uint2 upper_scale, lower_scale;  // four halves each
   __device__ void load(const Source& from, int column, int lane) {
     const int at = column / 2 + lane % 4 * 16;
-    upper = load_once(from.upper.codes + at), lower = load_once(from.lower.codes + at);
-    upper_scale = *reinterpret_cast<const uint2*>(from.upper.scales + column / 32);
-    lower_scale = *reinterpret_cast<const uint2*>(from.lower.scales + column / 32);
+    upper = load_once(from.upper + at), lower = load_once(from.lower + at);
+    upper_scale = *reinterpret_cast<const uint2*>(from.upper_scales + column / 32);
+    lower_scale = *reinterpret_cast<const uint2*>(from.lower_scales + column / 32);
   }
   // Nibbles become the low bits of 128 + nibble in bf16; less 136, that is the code.
   __device__ static void expand(uint32_t word, uint32_t (&to)[4]) {
@@ -209,80 +204,53 @@ __device__ void stage(const Product& p, int head, int first, int count, int cols
 __device__ float silu(float x) { return x / (1 + __expf(-x)); }
 
 // What a block's 16 rows of weights are: rows of one matrix; 8 of the gate and the same 8 of the up projection; or, where a token's experts
-// are summed, 8 of one term and the same 8 of the next.
+// are summed, 8 of one expert and the same 8 of the next.
 enum class Kind : uint8_t { plain, gated, sum };
 
 __host__ __device__ constexpr int group_rows(Kind kind) { return kind == Kind::plain ? 16 : 8; }
 
-// Groups of a part, and of all parts and matrices.
-__host__ __device__ inline int groups_of(const Part& part, Kind kind) { return part.w.padded_rows() / group_rows(kind); }
-__host__ __device__ inline int groups_of(const Product& p, Kind kind, int stacks) {
-  if (kind == Kind::sum) return groups_of(p.part[0], kind);
-  if (p.beside) return groups_of(p.part[0], kind) * stacks + groups_of(p.part[1], kind);
-  int each = 0;
-  for (int i = 0; i < p.parts; ++i) each += groups_of(p.part[i], kind);
-  return each * stacks;
+__host__ __device__ inline int groups_of(const Product& p, Kind kind) {
+  int groups = 0;
+  for (int i = 0; i < p.parts; ++i) groups += p.part[i].w.padded_rows() / group_rows(kind);
+  return groups;
 }
-// Terms of a sum.
-__host__ __device__ inline int terms_of(const Product& p) { return p.matrices + (p.beside ? p.part[1].w.cols / p.part[0].w.cols : 0); }
 
 // Where a block is. It goes through groups of rows of weights, a group's turns and the columns in steps; a turn is 8 rows of activations
-// or, in a sum, two terms.
+// or, in a sum, two experts.
 template <Kind K>
 struct Place {
-  int group, stride, end, turn, step, turns;
+  int group, turn, step, turns;
   int stack, part, row;  // matrix h of a product by heads, run h, or the h-th choice; rows of weights from `row` on
   Run run;
 
-  __device__ bool there() const { return group < end; }
-  __device__ void enter(const Product& p) {
-    turn = step = part = stack = 0, row = group;
-    if (K == Kind::sum) {
-      run = {0, 0, p.n};
-    } else if (p.beside) {
-      // What all rows meet comes first: it is known before the choice is.
-      const int others = groups_of(p.part[1], K), each = groups_of(p.part[0], K);
-      part = row < others;
-      if (!part) stack = (row - others) / each, row = (row - others) % each;
-      run = {part ? 0 : p.choice[stack], 0, p.n};
-    } else {
-      const int each = groups_of(p, K, 1);
-      stack = row / each, row %= each;
-      while (part + 1 < p.parts && row >= groups_of(p.part[part], K)) row -= groups_of(p.part[part++], K);
-      run = p.runs ? p.runs[stack] : Run{p.choice ? p.choice[stack] : stack, 0, p.n};
-    }
+  __device__ void enter(const Product& p, int to) {
+    const int each = groups_of(p, K);
+    group = to, turn = step = part = 0, stack = to / each, row = to % each;
+    while (part + 1 < p.parts && row >= p.part[part].w.padded_rows() / group_rows(K)) row -= p.part[part++].w.padded_rows() / group_rows(K);
     row *= group_rows(K);
-    turns = K == Kind::sum ? (terms_of(p) + 1) / 2 : (run.count + few_rows - 1) / few_rows;
+    run = p.runs ? p.runs[stack] : Run{p.choice && K != Kind::sum ? p.choice[stack] : stack, 0, p.n};
+    turns = K == Kind::sum ? (p.matrices + 1) / 2 : (run.count + few_rows - 1) / few_rows;
   }
   // To the step after; whether it is another turn's.
-  __device__ bool advance(const Product& p, int steps) {
+  __device__ bool advance(const Product& p, int steps, int end) {
     if (++step < steps) return false;
     step = 0;
     if (++turn == turns) {
-      group += stride;
-      if (there()) enter(p);
+      if (++group < end) enter(p, group);
     }
     return true;
   }
   __device__ Source source(const Product& p, int lane) const {
     const PackedMatrix& w = p.part[part].w;
     const int first = row + lane / 4;
-    if constexpr (K == Kind::sum) {
-      const int last = terms_of(p) - 1;
-      return {term(p, 2 * turn, first), term(p, min(2 * turn + 1, last), first)};
-    }
-    if constexpr (K == Kind::gated) return {{w, run.matrix, first}, {p.part[part].up, run.matrix, first}};
-    return {{w, run.matrix, first}, {w, run.matrix, first + 8}};
+    if constexpr (K == Kind::sum) return of(w, p.choice[2 * turn], first, w, p.choice[min(2 * turn + 1, p.matrices - 1)], first);
+    if constexpr (K == Kind::gated) return of(w, run.matrix, first, p.part[part].up, run.matrix, first);
+    return of(w, run.matrix, first, w, run.matrix, first + 8);
   }
 
  private:
-  __device__ static Row term(const Product& p, int index, int row) {
-    const PackedMatrix& w = p.part[0].w;
-    if (index < p.matrices) return {w, p.choice[index], row};
-    Row r{p.part[1].w, 0, row};
-    const int64_t columns = int64_t(index - p.matrices) * w.cols;
-    r.codes += columns * w.code_row_bytes() / w.pitch, r.scales += columns / 32;
-    return r;
+  __device__ static Source of(const PackedMatrix& w, int64_t matrix, int row, const PackedMatrix& v, int64_t other, int lower) {
+    return {w.codes(matrix, row), v.codes(other, lower), w.scales(matrix, row), v.scales(other, lower)};
   }
 };
 
@@ -321,36 +289,33 @@ __global__ void __launch_bounds__(threads, 2) gemv_kernel(const __grid_constant_
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, pitch = p.part[0].w.pitch, wide = shared_pitch(pitch),
             steps = (pitch + P::depth * warps * P::columns - 1) / (P::depth * warps * P::columns);
   // Weights are on their way before the activations are there, unless it is not known yet which they are.
-  const bool early = !p.runs && (!p.choice || p.choice_is_old || (p.beside && int(blockIdx.x) < groups_of(p.part[1], K)));
+  const bool early = !p.runs && (!p.choice || p.choice_is_old);
   if (!early) begin_kernel();
-  const int groups = groups_of(p, K, p.runs ? *p.run_count : p.matrices);
+  const int groups = groups_of(p, K) * (K == Kind::sum ? 1 : p.runs ? *p.run_count : p.matrices);
+  const int begin = int(int64_t(groups) * blockIdx.x / gridDim.x), end = int(int64_t(groups) * (blockIdx.x + 1) / gridDim.x);
+  if (begin == end) return;
   auto column = [&](int step, int i) { return ((step * P::depth + i) * warps + warp) * P::columns; };
   P piece[P::depth];
-  // A block's groups are neighbours, which share activations, but where what is known beforehand is to come first.
-  Place<K> at;
-  at.group = p.beside ? int(blockIdx.x) : int(int64_t(groups) * blockIdx.x / gridDim.x);
-  at.end = p.beside ? groups : int(int64_t(groups) * (blockIdx.x + 1) / gridDim.x);
-  at.stride = p.beside ? int(gridDim.x) : 1;
-  if (!at.there()) return;
-  at.enter(p);
-  Place<K> ahead = at;
+  Place<K> at, ahead;
+  at.enter(p, begin);
+  ahead = at;
   Source source = ahead.source(p, lane);
 #pragma unroll
   for (int i = 0; i < P::depth; ++i)
     if (column(0, i) < pitch) piece[i].load(source, column(0, i), lane);
+  if (ahead.advance(p, steps, end) && ahead.group < end) source = ahead.source(p, lane);
   if (early) begin_kernel();
-  if (ahead.advance(p, steps) && ahead.there()) source = ahead.source(p, lane);
   if constexpr (K == Kind::sum) {
-    for (int j = 0; j < terms_of(p); ++j) stage(p, j, 0, 1, p.part[0].w.cols, pitch, x + j * wide);
+    for (int j = 0; j < p.matrices; ++j) stage(p, j, 0, 1, p.part[0].w.cols, pitch, x + j * wide);
     __syncthreads();
   }
   float c[4] = {}, total = 0;
   int buffer = 0, staged_stack = -1, staged_turn = -1;
-  while (at.there()) {
+  while (at.group < end) {
     const int first = K == Kind::sum ? 0 : at.turn * few_rows, count = K == Kind::sum ? 1 : min(few_rows, at.run.count - first);
     const __nv_bfloat16* own = nullptr;
     if constexpr (K == Kind::sum) {
-      if (lane / 4 < 2 && 2 * at.turn + lane / 4 < terms_of(p)) own = x + (2 * at.turn + lane / 4) * wide;
+      if (lane / 4 < 2 && 2 * at.turn + lane / 4 < p.matrices) own = x + (2 * at.turn + lane / 4) * wide;
     } else {
       const int stack = p.runs || p.x.head ? at.stack : 0;
       if (stack != staged_stack || at.turn != staged_turn) {
@@ -360,20 +325,20 @@ __global__ void __launch_bounds__(threads, 2) gemv_kernel(const __grid_constant_
       }
       if (lane / 4 < count) own = x + lane / 4 * wide;
     }
-    const bool more = ahead.there();
+    const bool more = ahead.group < end;
 #pragma unroll
     for (int i = 0; i < P::depth; ++i) {
       const int now = column(at.step, i), later = column(ahead.step, i);
       if (now < pitch) piece[i].add_to(c, own ? own + now : nullptr, lane);
       if (more && later < pitch) piece[i].load(source, later, lane);
     }
-    if (more && ahead.advance(p, steps) && ahead.there()) source = ahead.source(p, lane);
+    if (more && ahead.advance(p, steps, end) && ahead.group < end) source = ahead.source(p, lane);
     const Place<K> was = at;
-    if (!at.advance(p, steps)) continue;
+    if (!at.advance(p, steps, end)) continue;
     if constexpr (K == Kind::sum) {
       // A quarter's first lane has a row's sums: of the one expert in column 0 of the upper rows, of the other in column 1 of the lower.
-      auto share = [&](int term) { return term < p.matrices ? weight[term] : term < terms_of(p) ? 1.0F : 0.0F; };
-      total += share(2 * was.turn) * c[0] + share(2 * was.turn + 1) * c[3];
+      total += weight[2 * was.turn] * c[0];
+      if (2 * was.turn + 1 < p.matrices) total += weight[2 * was.turn + 1] * c[3];
       c[0] = c[1] = c[2] = c[3] = 0;
       if (at.group == was.group) continue;
       if (lane % 4 == 0) sums[buffer][warp][lane / 4][0] = total;
@@ -391,9 +356,9 @@ __global__ void __launch_bounds__(threads, 2) gemv_kernel(const __grid_constant_
 template <DType Type, Kind K>
 void run(const Product& p, const float* weight, cudaStream_t stream) {
   int pitch = 0;
-  for (int i = 0; i < p.parts; ++i) pitch = std::max(pitch, K == Kind::sum ? p.part[0].w.pitch : p.part[i].w.pitch);
-  const int groups = groups_of(p, K, p.runs ? p.most_runs : p.matrices);
-  const size_t shared = size_t(K == Kind::sum ? terms_of(p) : std::min(p.most, few_rows)) * size_t(shared_pitch(pitch)) * 2;
+  for (int i = 0; i < p.parts; ++i) pitch = std::max(pitch, p.part[i].w.pitch);
+  const int groups = groups_of(p, K) * (K == Kind::sum ? 1 : p.runs ? p.most_runs : p.matrices);
+  const size_t shared = size_t(K == Kind::sum ? p.matrices : std::min(p.most, few_rows)) * size_t(shared_pitch(pitch)) * 2;
   launch(gemv_kernel<Type, K>, unsigned(std::min(groups, most_blocks)), threads, shared, stream, p, weight);
 }
 
@@ -420,7 +385,7 @@ void product_gemv(const Product& p, cudaStream_t stream) {
 
 bool product_sum_takes(const Product& p) {
   const PackedMatrix& w = p.part[0].w;
-  return w.type != DType::f32 && p.x.bf16 && p.choice && size_t(terms_of(p)) * size_t(shared_pitch(w.pitch)) * 2 <= size_t(200) << 10;
+  return w.type != DType::f32 && p.x.bf16 && p.choice && size_t(p.matrices) * size_t(shared_pitch(w.pitch)) * 2 <= size_t(200) << 10;
 }
 
 void product_sum(const Product& p, const float* weight, cudaStream_t stream) {

@@ -116,11 +116,6 @@ class Device {
   virtual void linear_heads(Tensor x, const Weight& w, Tensor y) = 0;
   // out f32 [n, D] += Σ_j weight[j] · ffn_{expert[j]}(x), experts of all tokens grouped. routing null: expert 0 with weight 1.
   virtual void ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tensor out) = 0;
-  // A mixture: out f32 [n, D] += shared(x) + Σ_j weight[j] · experts_{expert[j]}(x). There may be no shared ones.
-  virtual void mixture(Tensor x, const FfnWeights& shared, const FfnWeights& experts, const Routing& routing, Tensor out) {
-    if (shared.gate) ffn(x, shared, nullptr, out);
-    ffn(x, experts, &routing, out);
-  }
   // Scores f32 logits [n, experts] to expert i32 [n, k] and weight f32 [n, k]; equal scores go to the lower index.
   virtual void route(Tensor logits, const RouterConfig& config, Routing out) = 0;
 

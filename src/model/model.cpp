@@ -111,7 +111,8 @@ void feed_forward(Step& s, const Layer& layer, Tensor x) {
   s.device.gate(x, moe.norm, float(c.rms_norm_eps), h, moe.router, c.router(), scores, routing);
   s.note("ffn.scores", scores);
   s.note("ffn.gate_weight", routing.weight);
-  s.device.mixture(h, moe.shared, moe.experts, routing, x);
+  if (moe.shared.gate) s.device.ffn(h, moe.shared, nullptr, x);
+  s.device.ffn(h, moe.experts, &routing, x);
 }
 
 Model::Model(const Checkpoint& checkpoint, Device& device, const Progress& progress)

@@ -8,7 +8,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <limits>
 
@@ -324,41 +323,6 @@ TEST_P(LinearTest, more_rows_than_a_grid_is_high) {
   EXPECT_LT(ref::relative_error(y.data(), ref::product(matrix, first)),
             tolerance(GetParam().machine.activations(GetParam().type)) * (GetParam().keeps_weights() ? 1 : 3));
   for (const float v : y) ASSERT_FALSE(std::isnan(v));
-}
-
-// Shared experts beside those that tokens go to, where they are as wide as two or three of these, and where they are not.
-TEST_P(LinearTest, mixes_shared_and_routed_experts) {
-  const auto device = GetParam().machine.open(2);
-  const DType type = GetParam().type;
-  const int64_t d = 512, experts = 4, k = 3;
-  for (const auto& [width, shared_width] : {std::array{256, 512}, std::array{256, 768}, std::array{512, 256}, std::array{256, 0}}) {
-    Fixture gate(type, experts, width, d, 141), up(type, experts, width, d, 142), down(type, experts, d, width, 143);
-    const FfnWeights routed{device->pack(gate.tensor()), device->pack(up.tensor()), device->pack(down.tensor())};
-    const int64_t wide = shared_width ? shared_width : 256;
-    Fixture more_gate(type, 1, wide, d, 144), more_up(type, 1, wide, d, 145), more_down(type, 1, d, wide, 146);
-    FfnWeights shared;
-    if (shared_width) shared = {device->pack(more_gate.tensor()), device->pack(more_up.tensor()), device->pack(more_down.tensor())};
-    for (const int64_t n : {1, 4}) {
-      auto x = ref::random_floats(n * d, 147), weight = ref::random_floats(n * k, 148), y = ref::random_floats(n * d, 149);
-      std::vector<int32_t> expert;
-      for (int64_t i = 0; i < n * k; ++i) expert.push_back(int32_t((i + i / k) % experts));
-      ref::Row reference(y.begin(), y.end());
-      const ref::Matrix inputs = ref::to_double(x.data(), n, d, d);
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t j = 0; j < k + (shared_width > 0); ++j) {
-          const int64_t e = j < k ? expert[size_t(i * k + j)] : 0;
-          const ref::Row one = j < k ? ref::ffn(gate.matrix(e), up.matrix(e), down.matrix(e), inputs[size_t(i)])
-                                     : ref::ffn(more_gate.matrix(0), more_up.matrix(0), more_down.matrix(0), inputs[size_t(i)]);
-          for (int64_t c = 0; c < d; ++c) reference[size_t(i * d + c)] += one[size_t(c)] * (j < k ? double(weight[size_t(i * k + j)]) : 1);
-        }
-      device->mixture(view(x.data(), DType::f32, {n, d}), shared, routed,
-                      {view(expert.data(), DType::i32, {n, k}), view(weight.data(), DType::f32, {n, k})},
-                      view(y.data(), DType::f32, {n, d}));
-      EXPECT_LT(ref::relative_error(y.data(), reference),
-                tolerance(GetParam().machine.activations(type)) * (GetParam().keeps_weights() ? 1 : 3))
-          << width << " " << shared_width << " " << n;
-    }
-  }
 }
 
 TEST_P(LinearTest, keeps_the_size_of_the_file) {
