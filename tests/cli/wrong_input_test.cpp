@@ -46,7 +46,7 @@ TEST_F(WrongInput, Run) {
   expect_refused({"run", model(), "--ids", path("not.npy")}, {"not.npy is not a .npy file"});
   expect_refused({"run", model(), "--ids", path("ids.npy"), "--temperature", "-1"}, {"temperature is -1"});
   expect_refused({"run", model(), "--ids", path("ids.npy"), "--top-p", "2"}, {"top-p is 2"});
-  expect_refused({"run", model(), "--ids", path("ids.npy"), "--kv-type", "i4"}, {"--kv-type is \"i4\"", "bf16, f16, f32 or i8"});
+  expect_refused({"run", model(), "--ids", path("ids.npy"), "--kv-type", "i4"}, {"--kv-type is \"i4\"", "bf16, f16, f32, i8 or fp8"});
   expect_refused({"run", model(), "--ids", path("ids.npy"), "--device", "tpu"}, {"--device is \"tpu\""});
   expect_refused({"run", model(), "--ids", path("ids.npy"), "--attention", "both"}, {"--attention is \"both\""});
   expect_refused({"run", model(), "--ids", path("ids.npy"), "--logit-bias", "7"}, {"--logit-bias is \"7\"", "ID=BIAS"});
