@@ -120,18 +120,21 @@ class Bench {
     return row;
   }
 
-  // Sequences of `length` tokens that the memory holds; a sixteenth of it is left to activations.
-  int64_t fitting(int64_t length) const {
-    const double row = double(KvFormat{model_.config().kv_layout(), kv_type_}.row_bytes()) * model_.config().num_hidden_layers;
+  // Bytes that a sequence of `length` tokens takes: its pages.
+  double cache_bytes(int64_t length) const {
     constexpr int64_t page = LatentCache::page_tokens;
-    const double sequence = row * double((length + page - 1) / page * page);
+    const double row = double(KvFormat{model_.config().kv_layout(), kv_type_}.row_bytes()) * model_.config().num_hidden_layers;
+    return row * double((length + page - 1) / page * page);
+  }
+
+  // Sequences of `length` tokens that the memory holds with their logits; a sixteenth of it is left to other activations.
+  int64_t fitting(int64_t length) const {
+    const double sequence = cache_bytes(length) + 4.0 * double(model_.config().vocab_size);
     return int64_t(session_.device().memory().free_bytes() * 15 / 16 / sequence);
   }
 
   void check_memory(int64_t sequences, int64_t length) const {
-    const KvFormat format{model_.config().kv_layout(), kv_type_};
-    const double bytes =
-        double(sequences) * double(length + LatentCache::page_tokens) * double(format.row_bytes()) * model_.config().num_hidden_layers;
+    const double bytes = double(sequences) * cache_bytes(length);
     if (session_.device().memory().place() != Place::host) return;  // a GPU says itself what does not fit
     const double available = memory().available_bytes;
     if (bytes > available)

@@ -114,8 +114,8 @@ class Conversion {
         "| rotary base | {} |\n| query latent | {} |\n| values' share β | {}{} |\n| latent norm | {} |\n"
         "| refit | W_O {} (λ {}){}{} |\n| calibration | {} tokens of {}, windows of {}{} |\n"
         "| perplexity before, after | {:.3f}, {:.3f} ({} tokens of {}, a cache in {}) |\n| KL divergence | {:.4f} |\n",
-        fs::weakly_canonical(fs::path(a_.path) / "").parent_path().filename().string(), l.kv_lora_rank, l.qk_rope_head_dim,
-        config_.kv_layout().row(), a_.preset, name(l.method), l.activations ? "activations" : "none", l.metric ? " and metric" : "",
+        fs::weakly_canonical(a_.path).filename().string(), l.kv_lora_rank, l.qk_rope_head_dim, config_.kv_layout().row(), a_.preset,
+        name(l.method), l.activations ? "activations" : "none", l.metric ? " and metric" : "",
         l.constant == Constant::one    ? "1"
         : l.constant == Constant::mean ? "mean"
                                        : "least squares",

@@ -17,8 +17,8 @@ struct Rows {
   bool bf16;
   int64_t row, head;
   const int32_t* index;
-  const float* norm;  // f32 rows few at a time: multiplied by it and by 1 / sqrt(mean of their squares + eps); null: as they are
-  float eps;
+  const float* norm = nullptr;  // f32 rows few at a time: multiplied by it and by 1 / sqrt(mean of their squares + eps); null: as they are
+  float eps = 0;
 };
 
 // Where results go: f32 y = W x (+ bias) (+ y if add), or bf16 for another product.
