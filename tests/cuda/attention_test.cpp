@@ -1,7 +1,7 @@
 // Attention over separate keys and values on the GPU against the double reference: ragged spans, shuffled pages, chunks after a context,
 // tiles of a context merged; NaN wherever no row is.
 #include "cuda/attention.h"
-#include "attention_ref.h"
+#include "close.h"
 #include "cuda/sizes.h"
 #include "ref.h"
 
@@ -140,20 +140,7 @@ class AttentionTest : public testing::TestWithParam<Case> {
  private:
   static void expect_close(const ref::Result& expected, const GpuBuffer& o, const GpuBuffer& lse) {
     const std::vector<float> got = download<float>(o.data(), expected.o.size()), sums = download<float>(lse.data(), expected.lse.size());
-    double square = 0, worst = 0, error = 0;
-    for (size_t i = 0; i < got.size(); ++i) {
-      const double off = std::fabs(double(got[i]) - expected.o[i]);
-      ASSERT_FALSE(std::isnan(off)) << "element " << i << " of " << got.size();
-      worst = std::max(worst, off), error += off * off, square += expected.o[i] * expected.o[i];
-    }
-    EXPECT_LT(std::sqrt(error / square), 4e-3);
-    EXPECT_LT(worst / std::sqrt(square / double(got.size())), 0.1);
-    for (size_t i = 0; i < sums.size(); ++i) {
-      if (std::isinf(expected.lse[i]))
-        EXPECT_EQ(sums[i], -INFINITY) << i;
-      else
-        EXPECT_NEAR(sums[i], expected.lse[i], 1e-3 * (1 + std::fabs(expected.lse[i]))) << i;
-    }
+    mla::expect_close(expected, got, sums, 4e-3);
   }
 };
 

@@ -1,6 +1,6 @@
 // Absorbed decode on the GPU against the double reference: ragged lengths, shuffled pages, NaN where no row is.
 #include "cuda/decode.h"
-#include "attention_ref.h"
+#include "close.h"
 #include "core/random.h"
 #include "ref.h"
 
@@ -133,20 +133,7 @@ class Decode : public testing::TestWithParam<Case> {
       if (!f32)
         for (const uint16_t x : download<uint16_t>(o.data(), size_t(rows * c.d_c))) got.push_back(bf16_to_f32(x));
       const std::vector<float> sums = download<float>(lse.data(), size_t(rows));
-      double square = 0, worst = 0, error = 0;
-      for (size_t i = 0; i < got.size(); ++i) {
-        const double off = std::fabs(double(got[i]) - expected.o[i]);
-        ASSERT_FALSE(std::isnan(off)) << "element " << i << " of " << got.size();
-        worst = std::max(worst, off), error += off * off, square += expected.o[i] * expected.o[i];
-      }
-      EXPECT_LT(std::sqrt(error / square), 5e-3);
-      EXPECT_LT(worst / std::sqrt(square / double(got.size())), 0.1);
-      for (size_t i = 0; i < sums.size(); ++i) {
-        if (std::isinf(expected.lse[i]))
-          EXPECT_EQ(sums[i], -INFINITY) << i;
-        else
-          EXPECT_NEAR(sums[i], expected.lse[i], 1e-3 * (1 + std::fabs(expected.lse[i]))) << i;
-      }
+      expect_close(expected, got, sums, 5e-3);
     }
   }
 };
