@@ -302,18 +302,19 @@ __device__ void store_whole(const DecodeGroup<S>& g, const DecodeCall& call, con
 // Sums the warpgroups' shares, divides and stores this warpgroup's half of the columns; pieces of a sequence as the registers hold them.
 template <class S>
 __device__ void store_rows(const DecodeGroup<S>& g, const DecodeArguments& a, const DecodeItem& item, int first, float (&o)[S::registers],
-                           const float (&m)[2], float (&l)[2]) {
+                           const float (&m)[2], float (&l)[2], int turn) {
+  auto& share = g.b.shared().l[turn];
   float scale[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     l[i] = quad_sum(l[i]);
-    if ((g.lane & 3) == 0) g.b.shared().l[g.group][g.row + 8 * i] = l[i];
+    if ((g.lane & 3) == 0) share[g.group][g.row + 8 * i] = l[i];
   }
   named_sync(sums_written, 256);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = g.row + 8 * i;
-    const float sum = g.b.shared().l[0][row] + g.b.shared().l[1][row], lse = sum > 0 ? m[i] + log2f(sum) : -INFINITY;
+    const float sum = share[0][row] + share[1][row], lse = sum > 0 ? m[i] + log2f(sum) : -INFINITY;
     scale[i] = sum > 0 ? 1 / sum : 0;
     if (g.group != 0 || (g.lane & 3) != 0 || first + row >= item.rows) continue;
     if (item.slot < 0)
@@ -398,7 +399,7 @@ __global__ void __launch_bounds__(decode_threads, 1)
         odd_tiles(g, rows, item, o, m, l);
       if (lane == 0) barrier_arrive(&b.shared().q_empty);
       if (a.start_merge && i + 1 == end) start_next_kernel();
-      store_rows(g, a, item, first, o, m, l);
+      store_rows(g, a, item, first, o, m, l, q_parity);
     }
   }
 }

@@ -39,8 +39,8 @@ struct DecodeShared {
   uint64_t empty[2][2];        // what a warpgroup read last of a tile may be overwritten
   uint64_t handed_over[2];     // a tile's probabilities, to the other warpgroup
   uint64_t q_full, q_empty;
-  float m[2][block_rows];  // the maxima after each warpgroup's softmax
-  float l[2][block_rows];  // the warpgroups' shares of the sums
+  float m[2][block_rows];     // the maxima after each warpgroup's softmax
+  float l[2][2][block_rows];  // the warpgroups' shares of the sums; sequences take turns, so that nobody overwrites what is still read
 };
 
 extern __shared__ __align__(1024) uint8_t decode_memory[];
