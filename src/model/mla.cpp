@@ -101,6 +101,7 @@ bool absorbs(const Step& s, const Span& span) {
 }
 
 bool absorbed_is_cheaper(const Config& c, int64_t n, int64_t T) {
+  if (n == 1) return true;
   const double d_h = c.qk_nope_head_dim, d_R = c.qk_rope_head_dim, d_c = c.kv_lora_rank, d_v = c.v_head_dim;
   const double matrices = 2 * d_c * (d_h + d_v);  // of a head; absorbed, each new token meets them; expanded, each token of the context
   const double absorbed = double(n) * double(T) * 2 * (2 * d_c + d_R) + double(n) * matrices;

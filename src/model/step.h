@@ -34,7 +34,8 @@ void feed_forward(Step& step, const Layer& layer, Tensor x);
 bool absorbs(const Step& step, const Span& span);
 
 // True if n new tokens on a context of T are cheaper in the latent space: n·T·2(2d_c + d_R) + n·2d_c(d_h + d_v) operations a head
-// against n·T·2(d_h + d_R + d_v) + T·2d_c(d_h + d_v) with keys and values formed.
+// against n·T·2(d_h + d_R + d_v) + T·2d_c(d_h + d_v) with keys and values formed. A single token is, whatever the context: the few
+// operations that the first ones could spare cost more than they are where a batch's sequences no longer go together.
 bool absorbed_is_cheaper(const Config& config, int64_t n, int64_t T);
 
 }  // namespace mla
