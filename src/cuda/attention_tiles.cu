@@ -59,6 +59,15 @@ __device__ float exp2_fast(float x) {
   return y;
 }
 
+// The same by additions and multiplications, to 1e-4; of -inf 0. x is at most 127.
+__device__ float exp2_sums(float x) {
+  constexpr float round = 12582912;  // 1.5 × 2^23: what is added to it becomes a whole number
+  x = fmaxf(x, -127);
+  const float whole = x + round, f = x - (whole - round);
+  const float y = fmaf(fmaf(fmaf(0.0550089f, f, 0.2422110f), f, 0.6932829f), f, 1.0f);
+  return __int_as_float(__float_as_int(y) + (__float_as_int(whole) << 23));
+}
+
 constexpr int fewest_split = 2;  // tiles that a split of the context has, unless it is empty
 
 // A piece of work: rows [first, first + 128) of (token, head of the group), against cache rows [begin, end) of one head.
@@ -109,11 +118,26 @@ __device__ void load_tiles(const AttentionCall& c, const TileWork& w, int box_ro
   }
 }
 
+// A warp asks for the queries of a later piece on their way to the second-level cache, once this one's have come.
+template <class S, int D_k>
+__device__ void fetch_queries(const AttentionCall& c, const TileWork& w) {
+  if (w.first >= w.rows) return;
+  barrier_wait(&TileMemory<S>::barriers().k_full[0], 0);
+  constexpr int lines = (D_k * 4 + 127) / 128;
+  const int rows = min(block_rows, w.rows - w.first);
+  for (int i = int(threadIdx.x) % 32; i < rows * lines; i += 32) {
+    const int r = w.first + i / lines;
+    prefetch_l2(c.q + (int64_t(w.span.start) + r / w.group) * c.q_row + (w.head * w.group + r % w.group) * c.q_head + i % lines * 32);
+  }
+}
+
 // A warpgroup's thread: its rows are row and row + 8 of the block, its columns 8 i + 2 (lane % 4) + {0, 1}.
 template <int D_k, int D_v>
 struct TileGroup {
   using S = TileShape<D_k, D_v>;
   static constexpr TileMemory<S> memory{};
+  // Exponentials bound heads of 64: every fourth pair is worked out by sums there.
+  static constexpr int sums_every = D_v == 64 ? 4 : tile;
   const AttentionCall& c;
   const TileWork& w;
   int index, thread, lane, row;
@@ -211,7 +235,10 @@ struct TileGroup {
 #pragma unroll
       for (int i = 0; i < tile / 8; ++i) {
         float &x = s[4 * i + 2 * r], &y = s[4 * i + 2 * r + 1];
-        x = exp2_fast(fmaf(x, scale, -base)), y = exp2_fast(fmaf(y, scale, -base));
+        if (i % sums_every == sums_every - 1)
+          x = exp2_sums(fmaf(x, scale, -base)), y = exp2_sums(fmaf(y, scale, -base));
+        else
+          x = exp2_fast(fmaf(x, scale, -base)), y = exp2_fast(fmaf(y, scale, -base));
         sum += x + y;
       }
       l[r] = l[r] * factor[r] + sum;
@@ -333,6 +360,8 @@ __global__ void __launch_bounds__(threads, 1)
   if (group == 2) {
     give_registers<40>();
     if (threadIdx.x == 256) load_tiles<S, D_k, D_v>(c, w, grid.box_rows, &map);
+    const int later = int(blockIdx.x) + c.processors;
+    if (threadIdx.x / 32 == 9 && w.tiles() > 0 && later < grid.pieces) fetch_queries<S, D_k>(c, TileWork(c, grid, later));
   } else {
     take_registers<232>();
     TileGroup<D_k, D_v> g(c, w, group);
@@ -366,13 +395,19 @@ __global__ void __launch_bounds__(256)
   __syncwarp();
   if (lane == 0) *sum = lse;
   float* to = all.o + token * all.o_row + head * all.o_head;
-  for (int column = 0; column < all.format.d_v; column += 32) {
-    float y = 0;
-    for (int i = 0; i < splits; ++i) {
+  for (int column = 2 * lane; column < all.format.d_v; column += 64) {
+    float2 y{};
+#pragma unroll 16
+    for (int i = 0; i < splits; ++i) {  // loads wait neither for one another nor for what they are worth
       const float w = __shfl_sync(~0u, weight, i);
-      if (w > 0) y += w * from[i * part.split_o + column + lane];
+      const float2 x = *reinterpret_cast<const float2*>(from + i * part.split_o + column);
+      y.x += w > 0 ? w * x.x : 0, y.y += w > 0 ? w * x.y : 0;
     }
-    to[column + lane] = all.merge ? mine * y + (other > 0 ? other * to[column + lane] : 0) : y;
+    if (all.merge) {
+      const float2 before = other > 0 ? *reinterpret_cast<const float2*>(to + column) : float2{};
+      y.x = mine * y.x + other * before.x, y.y = mine * y.y + other * before.y;
+    }
+    *reinterpret_cast<float2*>(to + column) = y;
   }
 }
 
