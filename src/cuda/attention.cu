@@ -115,8 +115,8 @@ void CudaDevice::attend_decode(Tensor q, const Kv& kv, Spans spans, Mask mask, f
     rows_to_bf16({q.data, false, q.stride[1], 0, nullptr}, n * n_h, 1, d_k, d_k, to, stream_);
     narrow = to;
   }
-  const size_t bytes = size_t(plan->slots) * size_t(plan->row_blocks) * block_rows * size_t(kv.format.layout.d_v + 1) * 4;
-  decode_sm90({narrow, n, kv, *plan, n_h, scale, true, o.data, lse.f32(), scratch_.bytes(bytes)}, stream_);
+  void* partials = scratch_.bytes(decode_scratch_bytes(plan->slots, plan->row_blocks, kv.format.layout.d_v));
+  decode_sm90({narrow, n, kv, *plan, n_h, scale, true, o.data, lse.f32(), partials}, stream_);
 }
 
 void CudaDevice::attend(Tensor q, const Kv& kv, Spans spans, Mask mask, float scale, Tensor o, Tensor lse, Attend how) {

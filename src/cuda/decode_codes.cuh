@@ -60,11 +60,10 @@ struct CodeLoader {
   __device__ uint4* place(int tile, int box, int r, int chunk) const {
     return reinterpret_cast<uint4*>(b.k(tile) + box * box_bytes + r * 128 + ((chunk ^ r) & 7) * 16);
   }
-  // What this warp wrote of boxes [box, box + count) is there.
-  __device__ void full(int tile, int box, int count) const {
+  // What this thread wrote of a box is there.
+  __device__ void full(int tile, int box) const {
     publish_shared();
-    __syncwarp();
-    if (lane < count) barrier_arrive(&b.shared().full[tile][box + lane]);
+    barrier_arrive(&b.shared().full[tile][box]);
   }
   __device__ void store(const Unit& u, int tile, int half, int first) const {
 #pragma unroll
@@ -83,12 +82,12 @@ struct CodeLoader {
       *place(tile, box, r, chunk + turn) = turn ? y[1] : y[0];
       *place(tile, box, r, chunk + 1 - turn) = turn ? y[0] : y[1];
     }
-    full(tile, half * 4, 4);
+    full(tile, half * 4 + column / 4);
   }
   __device__ void store_rotary(const Unit& u, int tile) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) *place(tile, S::boxes - 1, thread / 8 + 16 * i, thread % 8) = u.piece[i];
-    full(tile, S::boxes - 1, 1);
+    full(tile, S::boxes - 1);
   }
 
   // One tile, whose first unit is in `u`; leaves the first unit of the next, at `next`, in `v`. An odd tile begins with its second half.

@@ -106,7 +106,7 @@ struct DecodeGroup {
   int group, thread, warp, lane;  // of the warpgroup
   int row;                        // this thread's rows are row and row + 8, its columns 8 i + 2 (lane % 4) + {0, 1}
   uint32_t values_at;             // this warpgroup's columns, in bytes from a tile's first
-  int parity[2] = {0, 0}, hand_parity = 0;
+  int parity[2] = {0, 0}, hand_parity = 0, clear_parity = 0;
 
   __device__ explicit DecodeGroup(int group_) : group(group_) {
     thread = int(threadIdx.x) & 127, warp = thread / 32, lane = thread & 31;
@@ -114,9 +114,8 @@ struct DecodeGroup {
     values_at = S::shared_box ? group * 64 : group * S::half_boxes * box_bytes;
   }
 
-  __device__ void free(int tile, int half) const {
-    if (lane == 0) barrier_arrive(&b.shared().empty[tile][half]);
-  }
+  // All lanes arrive here and where they hand over: the order is plain to the race checker then.
+  __device__ void free(int tile, int half) const { barrier_arrive(&b.shared().empty[tile][half]); }
 
   // s += Q Kᵀ over boxes [from, to)
   __device__ void scores(float (&s)[32], int tile, int from, int to, bool first) const {
@@ -149,13 +148,15 @@ struct DecodeGroup {
   }
 
   // Zeroes a tile's rows from `valid` on: what is there is not the sequence's, and 0 × NaN is NaN.
-  __device__ void clear(int tile, int valid) const {
+  __device__ void clear(int tile, int valid) {
     if (valid >= tile_tokens) return;
     for (int box = 0; box < S::boxes; ++box) barrier_wait(&b.shared().full[tile][box], parity[tile]);
     for (int box = 0; box < S::boxes; ++box)
       for (int i = valid * 8 + thread; i < tile_tokens * 8; i += 128) reinterpret_cast<uint4*>(b.k(tile) + box * box_bytes)[i] = uint4{};
     publish_shared();
-    named_sync(tile == 0 ? even_cleared : odd_cleared, 128);
+    barrier_arrive(&b.shared().cleared[tile]);
+    barrier_wait(&b.shared().cleared[tile], clear_parity);
+    clear_parity ^= 1;
   }
 
   // Hands the probabilities and maxima of a tile to the other warpgroup.
@@ -168,8 +169,7 @@ struct DecodeGroup {
     }
     if ((lane & 3) == 0) b.shared().m[tile][row] = m[0], b.shared().m[tile][row + 8] = m[1];
     publish_shared();
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&b.shared().handed_over[tile]);
+    barrier_arrive(&b.shared().handed_over[tile]);
   }
 
   // Takes over the other warpgroup's maxima: what this one holds is brought to them.
@@ -310,7 +310,8 @@ __device__ void store_rows(const DecodeGroup<S>& g, const DecodeArguments& a, co
     l[i] = quad_sum(l[i]);
     if ((g.lane & 3) == 0) share[g.group][g.row + 8 * i] = l[i];
   }
-  named_sync(sums_written, 256);
+  barrier_arrive(&g.b.shared().summed);
+  barrier_wait(&g.b.shared().summed, turn);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = g.row + 8 * i;
@@ -324,10 +325,10 @@ __device__ void store_rows(const DecodeGroup<S>& g, const DecodeArguments& a, co
   }
   if (item.slot < 0) return store_whole(g, a.call, item, first, o, scale);
   if (first + g.warp * 16 >= item.rows) return;
-  auto* to = reinterpret_cast<float4*>(a.partial.o) + partial_at(a.call.plan, item.slot, first / block_rows, g.group, S::values) + g.thread;
+  uint2* to = a.partial.o + partial_at(a.call.plan, item.slot, first / block_rows, g.group, S::values) + g.thread;
 #pragma unroll
   for (int j = 0; j < S::registers / 4; ++j)
-    to[j * 128] = {o[4 * j] * scale[0], o[4 * j + 1] * scale[0], o[4 * j + 2] * scale[1], o[4 * j + 3] * scale[1]};
+    to[j * 128] = {bf16_pair(o[4 * j] * scale[0], o[4 * j + 1] * scale[0]), bf16_pair(o[4 * j + 2] * scale[1], o[4 * j + 3] * scale[1])};
 }
 
 template <class S>
@@ -335,13 +336,15 @@ __device__ void init_barriers() {
   constexpr DecodeBlock<S> b{};
   if (shared_address(decode_memory) % 1024 != 0) __trap();  // swizzles count from there
   for (int tile = 0; tile < 2; ++tile) {
-    for (int box = 0; box < S::boxes; ++box) barrier_init(&b.shared().full[tile][box], !S::codes ? 1 : box == S::boxes - 1 ? 4 : 8);
-    barrier_init(&b.shared().empty[tile][0], S::shared_box ? 8 : 4);
-    barrier_init(&b.shared().empty[tile][1], 4);
-    barrier_init(&b.shared().handed_over[tile], 4);
+    for (int box = 0; box < S::boxes; ++box) barrier_init(&b.shared().full[tile][box], !S::codes ? 1 : box == S::boxes - 1 ? 128 : 64);
+    barrier_init(&b.shared().empty[tile][0], S::shared_box ? 256 : 128);
+    barrier_init(&b.shared().empty[tile][1], 128);
+    barrier_init(&b.shared().handed_over[tile], 128);
+    barrier_init(&b.shared().cleared[tile], 128);
   }
   barrier_init(&b.shared().q_full, 1);
-  barrier_init(&b.shared().q_empty, 8);
+  barrier_init(&b.shared().q_empty, 256);
+  barrier_init(&b.shared().summed, 256);
   barrier_init_done();
 }
 
@@ -370,11 +373,14 @@ __global__ void __launch_bounds__(decode_threads, 1)
     give_registers<S::loader_registers>();
     const int warp = int(threadIdx.x) / 32 - 8;
     DecodeLoader<S> loader(&q_map, &kv_map, a.call);
+    if (!S::codes && warp == 1) loader.q_parity = 0;
     [[maybe_unused]] CodeLoader<S> codes(a.call);
+    bool early = true;  // the first queries go before the first tiles, later ones beside them
     for (int i = begin; i < end && (S::codes || warp < 2); ++i) {
       if (i > begin) item = a.call.plan.items[i];
       if (first >= item.rows) continue;
-      if (warp == (S::codes ? 0 : 1)) loader.queries(item, first);
+      if (warp == (S::codes || early ? 0 : 1)) loader.queries(item, first);
+      early = false;
       if constexpr (S::codes)
         codes.tiles(item, i == begin, first_page);
       else if (warp == 0)
@@ -397,9 +403,9 @@ __global__ void __launch_bounds__(decode_threads, 1)
         even_tiles(g, rows, item, o, m, l);
       else
         odd_tiles(g, rows, item, o, m, l);
-      if (lane == 0) barrier_arrive(&b.shared().q_empty);
-      if (a.start_merge && i + 1 == end) start_next_kernel();
-      store_rows(g, a, item, first, o, m, l, q_parity);
+      barrier_arrive(&b.shared().q_empty);
+      if (i + 1 == end) start_next_kernel();
+      store_rows(g, a, item, first, o, m, l, q_parity ^ 1);
     }
   }
 }

@@ -36,12 +36,18 @@ __device__ void store_pair(const DecodeCall& call, int64_t at, float x, float y)
     *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(call.o) + at) = bf16_pair(x, y);
 }
 
+__device__ float4 widen(const uint2& x) {
+  auto pair = [](const uint32_t& y) { return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&y)); };
+  const float2 upper = pair(x.x), lower = pair(x.y);
+  return {upper.x, upper.y, lower.x, lower.y};
+}
+
 // The sum over every teams-th piece of a lane's four results; `o` is its place in the first piece.
-__device__ float4 weighted_sum(const float4* o, int64_t pitch, const float* weight, int team, int pieces) {
+__device__ float4 weighted_sum(const uint2* o, int64_t pitch, const float* weight, int team, int pieces) {
   float4 sum{};
 #pragma unroll 4
   for (int i = team; i < pieces; i += teams) {
-    const float4 x = o[i * pitch];
+    const float4 x = widen(o[i * pitch]);
     const float upper = weight[i * merge_rows], lower = weight[i * merge_rows + 8];
     sum.x += upper * x.x, sum.y += upper * x.y, sum.z += lower * x.z, sum.w += lower * x.w;
   }
@@ -50,7 +56,7 @@ __device__ float4 weighted_sum(const float4* o, int64_t pitch, const float* weig
 
 // Weights of few pieces for rows r and r + 8, in registers: every thread works them out for itself, while its results are on their way.
 struct FewWeights {
-  static constexpr int most = few_pieces;
+  static constexpr int most = 8;
   float upper[most], lower[most];
 
   __device__ FewWeights(const float* lse, int64_t pitch, int pieces, float (&sum)[2]) {
@@ -78,10 +84,10 @@ struct FewWeights {
 };
 
 // Where a lane's four results of columns [8 eight, 8 eight + 8) are in a merge's first piece.
-__device__ const float4* results(const DecodeCall& call, const DecodePartials& partial, const DecodeMerge& merge, int first, int eight) {
+__device__ const uint2* results(const DecodeCall& call, const DecodePartials& partial, const DecodeMerge& merge, int first, int eight) {
   const int d_v = call.kv.format.layout.d_v, eights = d_v / 16;
-  return reinterpret_cast<const float4*>(partial.o) + partial_at(call.plan, merge.slot, first / block_rows, eight / eights, d_v) +
-         eight % eights * 128 + first % block_rows / merge_rows * 32 + threadIdx.x;
+  return partial.o + partial_at(call.plan, merge.slot, first / block_rows, eight / eights, d_v) + eight % eights * 128 +
+         first % block_rows / merge_rows * 32 + threadIdx.x;
 }
 
 __device__ void store_four(const DecodeCall& call, const DecodeMerge& merge, int row, int eight, const float4& x) {
@@ -100,11 +106,11 @@ __global__ void __launch_bounds__(32 * teams) merge_few_kernel(const DecodeCall 
   const int64_t lse_pitch = int64_t(call.plan.row_blocks) * block_rows, pitch = lse_pitch * d_v / 4;
   const int step = int(gridDim.x) * teams;
   int eight = int(blockIdx.x * teams + threadIdx.y);
-  float4 x[FewWeights::most];
+  uint2 x[FewWeights::most];
   auto load = [&] {
-    const float4* o = results(call, partial, merge, first, eight);
+    const uint2* o = results(call, partial, merge, first, eight);
 #pragma unroll
-    for (int i = 0; i < FewWeights::most; ++i) x[i] = i < merge.pieces ? o[i * pitch] : float4{};
+    for (int i = 0; i < FewWeights::most; ++i) x[i] = i < merge.pieces ? o[i * pitch] : uint2{};
   };
   load();  // before the weights, which take as long to come
   float sum[2];
@@ -113,8 +119,9 @@ __global__ void __launch_bounds__(32 * teams) merge_few_kernel(const DecodeCall 
     float4 all{};
 #pragma unroll
     for (int i = 0; i < FewWeights::most; ++i) {
-      all.x += weights.upper[i] * x[i].x, all.y += weights.upper[i] * x[i].y;
-      all.z += weights.lower[i] * x[i].z, all.w += weights.lower[i] * x[i].w;
+      const float4 y = widen(x[i]);
+      all.x += weights.upper[i] * y.x, all.y += weights.upper[i] * y.y;
+      all.z += weights.lower[i] * y.z, all.w += weights.lower[i] * y.w;
     }
     store_four(call, merge, row, eight, all);
     eight += step;
@@ -153,15 +160,19 @@ __global__ void __launch_bounds__(32 * teams) merge_many_kernel(const DecodeCall
 
 }  // namespace
 
-size_t decode_scratch_bytes(const DecodePlan& plan, int d_v) {
-  return size_t(plan.slots) * size_t(plan.row_blocks) * block_rows * size_t(d_v + 1) * 4;
+size_t decode_scratch_bytes(int slots, int row_blocks, int d_v) {
+  return size_t(slots) * size_t(row_blocks) * block_rows * size_t(2 * d_v + 4);
 }
 
 void merge_decode(const DecodeCall& call, DecodePartials partial, int d_v, cudaStream_t stream) {
+  // Three blocks fill a multiprocessor's shared memory: those that come while the last pieces are stored do not crowd where it is idle
+  // first.
+  constexpr int shared_bytes = 74 << 10;
   const bool few = call.plan.most_pieces <= FewWeights::most;
   const int weights = few ? 0 : call.plan.most_pieces * merge_rows * 4, eights = d_v / 8;
-  require(weights <= 40 << 10 && eights % teams == 0, "more pieces or fewer columns than a merge takes");
+  require(weights <= shared_bytes && eights % teams == 0, "more pieces or fewer columns than a merge takes");
   auto kernel = few ? merge_few_kernel : merge_many_kernel;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   // The division of memory that the decode kernel left, so that no multiprocessor waits to be divided anew.
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
   cudaLaunchAttribute early{};
@@ -172,7 +183,7 @@ void merge_decode(const DecodeCall& call, DecodePartials partial, int d_v, cudaS
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(std::clamp(wanted, 1, few ? eights / teams : eights)), unsigned(call.plan.merges), unsigned(tall));
   config.blockDim = dim3(32, teams);
-  config.dynamicSmemBytes = size_t(weights);
+  config.dynamicSmemBytes = size_t(shared_bytes);
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;

@@ -29,7 +29,6 @@ struct DecodeShape {
 struct DecodeArguments {
   DecodeCall call;
   DecodePartials partial;
-  bool start_merge;  // while the last results are stored
 };
 
 // What a block keeps in shared memory beside the queries and two tiles.
@@ -38,7 +37,8 @@ struct DecodeShared {
   uint64_t full[2][S::boxes];  // a box of a tile has come
   uint64_t empty[2][2];        // what a warpgroup read last of a tile may be overwritten
   uint64_t handed_over[2];     // a tile's probabilities, to the other warpgroup
-  uint64_t q_full, q_empty;
+  uint64_t cleared[2];         // rows past a tile's last
+  uint64_t q_full, q_empty, summed;
   float m[2][block_rows];     // the maxima after each warpgroup's softmax
   float l[2][2][block_rows];  // the warpgroups' shares of the sums; sequences take turns, so that nobody overwrites what is still read
 };
@@ -54,7 +54,5 @@ struct DecodeBlock {
   __device__ static uint8_t* probabilities(int tile) { return k(tile) + (S::boxes - 1) * box_bytes; }
   __device__ static DecodeShared<S>& shared() { return *reinterpret_cast<DecodeShared<S>*>(decode_memory + 3 * S::tile_bytes); }
 };
-
-enum NamedBarrier { sums_written = 1, even_cleared, odd_cleared };
 
 }  // namespace mla::cuda

@@ -11,21 +11,18 @@ constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 
 // Results of pieces of sequences, normalised.
 struct DecodePartials {
-  float* o;    // [slots, row_blocks, 2 warpgroups, d_v / 16, 128 threads, 4]: rows r, r, r + 8, r + 8 and columns c, c + 1, c, c + 1
+  uint2* o;    // [slots, row_blocks, 2 warpgroups, d_v / 16, 128 threads], bf16: columns c and c + 1 of row r, then of row r + 8
   float* lse;  // [slots, row_blocks × 64], base 2
 };
 
 __host__ __device__ inline DecodePartials decode_partials(const DecodeCall& call, int d_v) {
-  auto* o = static_cast<float*>(call.scratch);
-  return {o, o + int64_t(call.plan.slots) * call.plan.row_blocks * block_rows * d_v};
+  auto* o = static_cast<uint2*>(call.scratch);
+  return {o, reinterpret_cast<float*>(o + int64_t(call.plan.slots) * call.plan.row_blocks * block_rows * d_v / 4)};
 }
 // Where a warpgroup's part of a piece begins, in fours.
 __device__ inline int64_t partial_at(const DeviceDecodePlan& plan, int slot, int row_block, int group, int d_v) {
   return ((int64_t(slot) * plan.row_blocks + row_block) * 2 + group) * (d_v / 16 * 128);
 }
-// Up to so many pieces are merged by a kernel that starts while the last of them are stored. With more, its blocks would crowd onto the
-// multiprocessors that are idle first.
-constexpr int few_pieces = 8;
 // Joins the partial results of split sequences.
 void merge_decode(const DecodeCall& call, DecodePartials partial, int d_v, cudaStream_t stream);
 

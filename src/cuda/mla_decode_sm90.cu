@@ -2,18 +2,19 @@
 // alike. docs/cuda-decode.md has the schedule.
 #include "cuda/decode.h"
 #include "cuda/decode_kernel.cuh"
-#include "cuda/error.h"
+#include "cuda/decode_narrow.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/tensor_map.h"
 
 namespace mla::cuda {
 namespace {
 
 template <class S>
-void launch(const DecodeCall& call, cudaStream_t stream) {
+void launch_wide(const DecodeCall& call, cudaStream_t stream) {
   const DeviceDecodePlan& plan = call.plan;
   auto kernel = decode_kernel<S>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes));
-  const DecodeArguments a{call, decode_partials(call, S::values), plan.most_pieces <= few_pieces};
+  const DecodeArguments a{call, decode_partials(call, S::values)};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(plan.row_blocks), unsigned(plan.part_count));
   config.blockDim = dim3(decode_threads);
@@ -29,15 +30,26 @@ void launch(const DecodeCall& call, cudaStream_t stream) {
   if (plan.merges > 0) merge_decode(call, a.partial, S::values, stream);
 }
 
+template <bool Codes>
+void launch_narrow(const DecodeCall& call, cudaStream_t stream) {
+  using S = NarrowShape<Codes>;
+  auto kernel = narrow_kernel<Codes>;
+  const DecodePartials partial = decode_partials(call, S::d_v);
+  const Kv& kv = call.kv;
+  const CUtensorMap rows = Codes ? CUtensorMap{} : pages_map(kv.base, S::d_k, kv.page_tokens, S::row_bytes, kv.page_bytes, S::stage_rows);
+  launch(kernel, dim3(unsigned(call.plan.part_count)), dim3(narrow_threads), size_t(narrow_bytes<Codes>), stream, rows, call, partial);
+  if (call.plan.merges > 0) merge_decode(call, partial, S::d_v, stream);
+}
+
 struct Instance {
   DType type;
   int d_k, d_v;  // at most d_k; of codes just d_k
   void (*launch)(const DecodeCall&, cudaStream_t);
 };
-constexpr Instance instances[] = {{DType::bf16, 576, 512, launch<DecodeShape<9, 512>>},
-                                  {DType::bf16, 192, 128, launch<DecodeShape<3, 128>>},
-                                  {DType::bf16, 128, 64, launch<DecodeShape<2, 64>>},
-                                  {DType::f8, 576, 512, launch<DecodeShape<9, 512, true>>}};
+constexpr Instance instances[] = {{DType::bf16, 576, 512, launch_wide<DecodeShape<9, 512>>},
+                                  {DType::bf16, 192, 128, launch_wide<DecodeShape<3, 128>>},
+                                  {DType::bf16, 128, 64, launch_wide<DecodeShape<2, 64>>},
+                                  {DType::f8, 576, 512, launch_wide<DecodeShape<9, 512, true>>}};
 
 const Instance* find(const Kv& kv) {
   const KvLayout& l = kv.format.layout;
@@ -54,7 +66,13 @@ bool decode_sm90_takes(const Kv& kv) { return find(kv) != nullptr; }
 void decode_sm90(const DecodeCall& call, cudaStream_t stream) {
   const Instance* instance = find(call.kv);
   require(instance, "no Hopper kernel for this cache");
-  if (call.plan.part_count > 0) instance->launch(call, stream);
+  if (call.plan.part_count == 0) return;
+  const bool narrow = call.plan.most_rows <= narrow_rows && call.kv.format.layout.d_k == NarrowShape<false>::d_k;
+  if (!narrow) return instance->launch(call, stream);
+  if (instance->type == DType::f8)
+    launch_narrow<true>(call, stream);
+  else
+    launch_narrow<false>(call, stream);
 }
 
 }  // namespace mla::cuda

@@ -45,6 +45,12 @@ __device__ inline void copy_box(void* to, const CUtensorMap* map, uint64_t* barr
                "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
                : "memory");
 }
+// The same for `bytes` that lie together, a multiple of 16.
+__device__ inline void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
 __device__ inline void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 // Brings the cache line of an address into the second-level cache.
 __device__ inline void prefetch_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }

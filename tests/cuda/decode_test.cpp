@@ -31,6 +31,7 @@ const Case cases[] = {
     {"v2_two_queries", 128, 512, 64, 2, {2, 66, 300, 129}},
     {"three_queries", 17, 512, 64, 3, {3, 4, 66, 300, 1000}},
     {"four_queries", 16, 512, 64, 4, {1, 4, 66, 300, 1000}},
+    {"twelve_rows", 4, 512, 64, 3, {3, 4, 66, 300, 1000}},
     {"one_head", 1, 512, 64, 1, {1000}},
     {"many_pieces", 16, 512, 64, 1, {9000}},
     {"three_row_blocks", 48, 512, 64, 4, {700, 90, 3}},
@@ -46,6 +47,7 @@ const Case cases[] = {
     {"lite_fp8", 16, 512, 64, 1, mixed, 64, true, 1, DType::f8},
     {"v2_two_queries_fp8", 128, 512, 64, 2, {2, 66, 300, 129}, 64, true, 1, DType::f8},
     {"four_queries_fp8", 16, 512, 64, 4, {1, 4, 66, 300, 1000}, 128, true, 1, DType::f8},
+    {"twelve_rows_fp8", 4, 512, 64, 3, {3, 4, 66, 300, 1000}, 64, true, 1, DType::f8},
     {"many_pieces_fp8", 16, 512, 64, 1, {9000}, 64, true, 1, DType::f8},
     {"wide_scores_fp8", 16, 512, 64, 1, {500, 1500}, 64, true, 30, DType::f8},
 };
@@ -97,7 +99,8 @@ class Decode : public testing::TestWithParam<Case> {
       spans.push_back({s * c.queries, c.queries, length - c.queries, 0, length, order.data() + next});
       for (int j = 0; j < length; ++j) {
         std::vector<float> row(static_cast<size_t>(d_k));
-        for (int i = 0; i < d_k; ++i) row[size_t(i)] = float(random_normal(uint64_t(7 + s), uint64_t(j) * 1024 + uint64_t(i)));
+        const double size = c.type == DType::f8 ? std::exp2(j * 3 % 7 - 3) : 1;  // codes' scales differ
+        for (int i = 0; i < d_k; ++i) row[size_t(i)] = float(size * random_normal(uint64_t(7 + s), uint64_t(j) * 1024 + uint64_t(i)));
         write_row(format, row, host.row(order[size_t(next + j / c.page_tokens)], j % c.page_tokens));
       }
       next += pages_of(length);
@@ -112,7 +115,7 @@ class Decode : public testing::TestWithParam<Case> {
     const DecodePlan plan = plan_decode(spans, c.causal, c.n_h, c.page_tokens, processors);
     const UploadedPlan uploaded(plan, nullptr);
     const GpuBuffer cache_gpu = upload<std::byte>(cache), q_gpu = upload<uint16_t>(q_bf16);
-    const GpuBuffer scratch(decode_scratch_bytes(plan, c.d_c));
+    const GpuBuffer scratch(decode_scratch_bytes(plan.slots, plan.row_blocks, c.d_c));
     for (const bool f32 : {true, false}) {
       const GpuBuffer o(size_t(rows * c.d_c) * 4), lse(size_t(rows) * 4);
       for (const GpuBuffer* b : {&o, &lse, &scratch})
