@@ -82,11 +82,15 @@ class FromHost final : public Device {
     for (const int64_t slot : slots) pages = std::max(pages, slot / kv.page_tokens + 1);
     run([&] { d_->store(there(rows), slots, there(kv, pages)); });
   }
-  void store_latents(Tensor rows, Tensor norm, float eps, Tensor cos_sin, bool interleaved, std::span<const int64_t> slots,
-                     const Kv& kv) override {
+  void store_latents(Tensor rows, Tensor norm, float eps, Tensor cos_sin, bool interleaved, std::span<const int64_t> slots, const Kv& kv,
+                     Tensor queries, Tensor rotated) override {
     int64_t pages = 0;
     for (const int64_t slot : slots) pages = std::max(pages, slot / kv.page_tokens + 1);
-    run([&] { d_->store_latents(there(rows), there(norm), eps, there(cos_sin), interleaved, slots, there(kv, pages)); });
+    run([&] {
+      const Tensor from = queries.data ? there(queries) : queries;
+      d_->store_latents(there(rows), there(norm), eps, there(cos_sin), interleaved, slots, there(kv, pages), from,
+                        rotated.data == queries.data ? from : there(rotated));
+    });
   }
   void store_expanded(Tensor kv, Tensor rotary, const Kv& to) override {
     run([&] { d_->store_expanded(there(kv), there(rotary), there(to, 1)); });

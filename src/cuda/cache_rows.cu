@@ -65,12 +65,37 @@ __global__ void store_kernel(const float* rows, int64_t stride, const int64_t* s
   for (int e = int(threadIdx.x); e < f.row; e += int(blockDim.x)) write_plain(f.type, to, e, from[e]);
 }
 
-// A token a block: its latent normed, its key rotated, both in place and into the cache.
+// Queries of [n, heads] to be rotated; those of a head lie together.
+struct Queries {
+  const float* from;
+  int64_t from_row, from_head;
+  void* to;
+  int64_t to_row, to_head;
+  int heads;
+  bool to_bf16;
+};
+
+constexpr int pairs_a_block = 512;
+
+// A token a block: its latent normed, its key rotated, both in place and into the cache; behind it in y, more blocks rotate its queries.
 __global__ void __launch_bounds__(256) latents_kernel(float* rows, const float* norm, float eps, int d_c, const float* cos_sin,
-                                                      bool interleaved, const int64_t* slots, RowFormat f, Pages pages) {
+                                                      bool interleaved, const int64_t* slots, RowFormat f, Pages pages, Queries q) {
   begin_kernel();
   __shared__ float part[8];
   const int thread = int(threadIdx.x), half = (f.row - d_c) / 2;
+  cos_sin += int64_t(blockIdx.x) * half * 2;
+  if (blockIdx.y > 0) {
+    const int end = min(int(blockIdx.y) * pairs_a_block, q.heads * half);
+    for (int p = int(blockIdx.y - 1) * pairs_a_block + thread; p < end; p += 256) {
+      const int i = p % half, head = p / half, at = interleaved ? 2 * i : i, other = interleaved ? 2 * i + 1 : i + half;
+      const float* from = q.from + blockIdx.x * q.from_row + head * q.from_head;
+      const float c = cos_sin[2 * i], s = cos_sin[2 * i + 1], a = from[at], b = from[other];
+      const int64_t to = blockIdx.x * q.to_row + head * q.to_head;
+      write_plain(q.to_bf16 ? DType::bf16 : DType::f32, static_cast<std::byte*>(q.to) + to * (q.to_bf16 ? 2 : 4), at, a * c - b * s);
+      write_plain(q.to_bf16 ? DType::bf16 : DType::f32, static_cast<std::byte*>(q.to) + to * (q.to_bf16 ? 2 : 4), other, a * s + b * c);
+    }
+    return;
+  }
   float* row = rows + int64_t(blockIdx.x) * f.row;
   const int64_t slot = slots[blockIdx.x];
   std::byte* to = pages.base + slot / pages.page_tokens * pages.page_bytes + slot % pages.page_tokens * f.row_bytes;
@@ -89,8 +114,7 @@ __global__ void __launch_bounds__(256) latents_kernel(float* rows, const float* 
   }
   for (int i = thread; i < half; i += 256) {
     const int at = d_c + (interleaved ? 2 * i : i), other = d_c + (interleaved ? 2 * i + 1 : i + half);
-    const float c = cos_sin[(int64_t(blockIdx.x) * half + i) * 2], s = cos_sin[(int64_t(blockIdx.x) * half + i) * 2 + 1], a = row[at],
-                b = row[other];
+    const float c = cos_sin[2 * i], s = cos_sin[2 * i + 1], a = row[at], b = row[other];
     row[at] = a * c - b * s, row[other] = a * s + b * c;
     if (f.coded()) continue;
     write_plain(f.type, to, at, a * c - b * s);
@@ -141,16 +165,27 @@ void CudaDevice::store(Tensor rows, std::span<const int64_t> slots, const Kv& kv
 }
 
 void CudaDevice::store_latents(Tensor rows, Tensor norm, float eps, Tensor cos_sin, bool interleaved, std::span<const int64_t> slots,
-                               const Kv& kv) {
+                               const Kv& kv, Tensor queries, Tensor rotated) {
   check_rows(rows, kv);
   const int64_t n = rows.shape[0], d_c = norm.count(), d_R = rows.shape[1] - d_c;
   require(n == int64_t(slots.size()) && d_R >= 0 && d_R % 2 == 0 && cos_sin.count() == n * d_R && cos_sin.contiguous(), "these latents",
           rows, cos_sin);
-  if (!rows.contiguous()) return Device::store_latents(rows, norm, eps, cos_sin, interleaved, slots, kv);
+  if (!rows.contiguous()) return Device::store_latents(rows, norm, eps, cos_sin, interleaved, slots, kv, queries, rotated);
   if (n == 0) return;
+  Queries q{};
+  if (queries.data) {
+    bool same = queries.rank == 3 && rotated.rank == 3 && queries.shape[0] == n && queries.shape[2] == d_R;
+    for (int i = 0; same && i < 3; ++i) same = queries.shape[i] == rotated.shape[i];
+    require(same && queries.dtype == DType::f32 && (rotated.dtype == DType::f32 || rotated.dtype == DType::bf16) &&
+                queries.stride[2] == 1 && rotated.stride[2] == 1,
+            "queries to be rotated", queries, rotated);
+    q = {queries.f32(),     queries.stride[0], queries.stride[1],     rotated.data,
+         rotated.stride[0], rotated.stride[1], int(queries.shape[1]), rotated.dtype == DType::bf16};
+  }
   ArenaScope scope(scratch_);
-  launch(latents_kernel, unsigned(n), 256, 0, stream_, rows.f32(), norm.f32(), eps, int(d_c), cos_sin.f32(), interleaved, on_gpu(slots),
-         RowFormat(kv.format), Pages{kv.base, kv.page_bytes, kv.page_tokens});
+  launch(latents_kernel, dim3(unsigned(n), unsigned(1 + ceil_div(q.heads * d_R / 2, pairs_a_block))), 256, 0, stream_, rows.f32(),
+         norm.f32(), eps, int(d_c), cos_sin.f32(), interleaved, on_gpu(slots), RowFormat(kv.format),
+         Pages{kv.base, kv.page_bytes, kv.page_tokens}, q);
 }
 
 void CudaDevice::load(const Kv& kv, const Span& span, int64_t first, Tensor rows) {

@@ -146,9 +146,10 @@ class Device {
   // A row is [K of all heads | V of all heads], or in MLA [latent | rotary key].
   virtual void store(Tensor rows, std::span<const int64_t> slots, const Kv& kv) = 0;
   // What MLA's tokens leave: of rows f32 [n, d_c + d_R], contiguous, the latents are normed by `norm` [d_c] and the keys rotated, in place,
-  // as rms_norm and rope do it, and the rows stored.
+  // as rms_norm and rope do it, and the rows stored. Queries [n, heads, d_R], if they have data, are rotated by the same angles, to
+  // `rotated`.
   virtual void store_latents(Tensor rows, Tensor norm, float eps, Tensor cos_sin, bool interleaved, std::span<const int64_t> slots,
-                             const Kv& kv) {
+                             const Kv& kv, Tensor queries, Tensor rotated) {
     const int64_t n = rows.shape[0], row = rows.shape[1], d_c = norm.count();
     const Tensor latents = slice(rows, 1, 0, d_c), heads = view(rows.data, rows.dtype, {n, 1, row}, rows.place);
     rms_norm(latents, norm, eps, latents);
@@ -156,6 +157,7 @@ class Device {
     store(rows, slots, kv);
   }
   // Keys and values that were expanded from latents: kv f32 [n, heads, d_h + d_v], as W_UK and W_UV give them, and the rotary key
+    if (queries.data) rope(queries, cos_sin, interleaved, rotated);
   // that all heads share, f32 [n, d_R], become rows of a contiguous Kv of d_k = d_h + d_R, f32 or bf16.
   virtual void store_expanded(Tensor kv, Tensor rotary, const Kv& to) = 0;
   // rows f32 [n, layout.row()] = rows first..first+n of the span's pages

@@ -98,8 +98,12 @@ TEST_P(Rows, OfLatentsAreNormedAndRotated) {
         std::vector<float> cos_sin;
         for (const float a : angles) cos_sin.push_back(std::cos(a)), cos_sin.push_back(std::sin(a));
         const std::vector<int64_t> slots = {3, 0, 4, 1, 2};
+        constexpr int heads = 19;
+        std::vector<float> queries = ref::random_floats(n * heads * (d_R + 3), 9), rotated(size_t(n * heads * (d_R + 5)), NAN);
         device->store_latents(view(rows.data(), DType::f32, {n, d_c + d_R}), view(norm.data(), DType::f32, {d_c}), 1e-6f,
-                              view(cos_sin.data(), DType::f32, {n, d_R / 2, 2}), interleaved, slots, kv);
+                              view(cos_sin.data(), DType::f32, {n, d_R / 2, 2}), interleaved, slots, kv,
+                              slice(view(queries.data(), DType::f32, {n, heads, d_R + 3}), 2, 3, d_R),
+                              slice(view(rotated.data(), DType::f32, {n, heads, d_R + 5}), 2, 4, d_R));
         for (int i = 0; i < n; ++i) {
           const auto row = before.begin() + i * (d_c + d_R);
           ref::Row want = ref::rms_norm({row, row + d_c}, {norm.begin(), norm.end()}, 1e-6);
@@ -107,6 +111,12 @@ TEST_P(Rows, OfLatentsAreNormedAndRotated) {
               ref::rope({row + d_c, row + d_c + d_R}, {angles.begin() + i * d_R / 2, angles.begin() + (i + 1) * d_R / 2}, interleaved);
           want.insert(want.end(), key.begin(), key.end());
           EXPECT_LT(ref::relative_error(rows.data() + i * (d_c + d_R), want), 1e-5);
+          for (int h = 0; h < heads; ++h) {
+            const auto query = queries.begin() + (i * heads + h) * (d_R + 3) + 3;
+            const ref::Row turned =
+                ref::rope({query, query + d_R}, {angles.begin() + i * d_R / 2, angles.begin() + (i + 1) * d_R / 2}, interleaved);
+            EXPECT_LT(ref::relative_error(rotated.data() + (i * heads + h) * (d_R + 5) + 4, turned), 1e-5);
+          }
           const std::vector<double> stored = ref::decode_row(format, kv.row(0, slots[size_t(i)]));
           for (int64_t e = 0; e < d_c + d_R; ++e)
             ASSERT_LE(std::abs(stored[size_t(e)] - want[size_t(e)]), bound(format, rows.data() + i * (d_c + d_R), e) * 1.01 + 1e-4) << e;
