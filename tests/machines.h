@@ -15,7 +15,7 @@
 namespace mla {
 
 // Operations on tensors of the host by a device with memory of its own.
-class FromHost final : public Device {
+class FromHost : public Device {
  public:
   explicit FromHost(std::unique_ptr<Device> device) : d_(std::move(device)) {}
 
@@ -23,7 +23,10 @@ class FromHost final : public Device {
   Threads& threads() override { return d_->threads(); }
   Memory& memory() override { return host_memory(); }
   Ceilings probe(double seconds) override { return d_->probe(seconds); }
-  void step(const StepInputs&, uint64_t, const std::function<void()>& issue) override { issue(); }
+  void step(const StepInputs& in, uint64_t, const std::function<void()>& issue) override {
+    std::copy(in.cos_sin_from.begin(), in.cos_sin_from.end(), in.cos_sin.f32());
+    issue();
+  }
   Weight pack(std::span<const Tensor> pieces) override { return d_->pack(pieces); }
 
   void embed(std::span<const int32_t> ids, const Weight& w, Tensor out) override {

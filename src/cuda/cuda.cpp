@@ -39,12 +39,14 @@ cudaStream_t new_stream() {
 
 CudaDevice::CudaDevice(int index)
     : properties_(open(index)), stream_(new_stream()), memory_(stream_), scratch_(memory_), inputs_(stream_), graphs_(stream_) {
+  check(cudaEventCreateWithFlags(&choice_.made, cudaEventDisableTiming));
   step_tokens = 4096, tile_bytes = int64_t(1) << 30;
 }
 
 CudaDevice::~CudaDevice() {
   cudaStreamSynchronize(stream_);
   graphs_.clear();
+  cudaEventDestroy(choice_.made);
   cudaStreamDestroy(stream_);
 }
 

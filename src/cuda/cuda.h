@@ -12,6 +12,15 @@
 
 namespace mla::cuda {
 
+// The ids of the last choice: where kernels read them, and where the host does once `made` has come to pass.
+struct Choice {
+  GpuBuffer ids;
+  PinnedBuffer host;  // [draws f64 | ids i32]
+  int count = 0;
+  cudaEvent_t made = nullptr;
+  int32_t* host_ids() const { return reinterpret_cast<int32_t*>(host.data() + host.bytes() / 3 * 2); }
+};
+
 class CudaDevice final : public Device {
  public:
   explicit CudaDevice(int index);
@@ -34,7 +43,8 @@ class CudaDevice final : public Device {
   void route(Tensor logits, const RouterConfig& config, Routing out) override;
   void gate(Tensor x, Tensor norm, float eps, Tensor h, const Weight& router, const RouterConfig& config, Tensor scores,
             Routing out) override;
-  bool choose(Tensor logits, double temperature, std::span<const double> at, std::span<int32_t> ids) override;
+  bool choose(Tensor logits, double temperature, std::span<const double> at) override;
+  void chosen(std::span<int32_t> ids) override;
   void rms_norm(Tensor x, Tensor weight, float eps, Tensor y) override;
   using Device::rope;
   void rope(Tensor x, Tensor cos_sin, bool interleaved, Tensor y) override;
@@ -74,6 +84,7 @@ class CudaDevice final : public Device {
   StepGraphs graphs_;
   const void* fresh_choice_ = nullptr;  // of the last routing, until another product has been launched
   uint64_t key_ = 0;                    // of the step that runs
+  Choice choice_;
   Ceilings ceilings_;
   std::vector<MadePlan> plans_;  // of this step, beside the staged one
 };

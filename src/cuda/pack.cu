@@ -119,9 +119,11 @@ __device__ float packed_at(const PackedMatrix& m, int64_t matrix, int64_t row, i
   return scale * float(int(uint8_t(codes[q4_place(column)]) >> q4_shift(column) & 15) - 8);
 }
 
-__global__ void embed_kernel(const int32_t* ids, PackedMatrix w, float* out, int64_t stride) {
+// Ids below 0 name those that were chosen; what was chosen from no numbers is -1, and its step goes to waste.
+__global__ void embed_kernel(const int32_t* ids, const int32_t* chosen, PackedMatrix w, float* out, int64_t stride) {
   begin_kernel();
-  const int64_t id = ids[blockIdx.x];
+  const int given = ids[blockIdx.x];
+  const int64_t id = given < 0 ? max(0, chosen[-1 - given]) : given;
   for (int i = int(threadIdx.x); i < w.cols; i += int(blockDim.x)) out[blockIdx.x * stride + i] = packed_at(w, 0, id, i);
 }
 
@@ -200,10 +202,11 @@ Weight CudaDevice::pack(std::span<const Tensor> pieces) {
 
 void CudaDevice::embed(std::span<const int32_t> ids, const Weight& w, Tensor out) {
   require(w.count == 1 && out.rank == 2 && out.shape[0] == int64_t(ids.size()) && out.shape[1] == w.cols, "this embedding", out);
-  for (const int32_t id : ids) require(id >= 0 && id < w.rows, "an embedding of an id outside the vocabulary");
+  for (const int32_t id : ids) require(id >= -choice_.count && id < w.rows, "an embedding of an id outside the vocabulary");
   if (ids.empty()) return;
   ArenaScope scope(scratch_);
-  launch(embed_kernel, unsigned(ids.size()), 256, 0, stream_, on_gpu(ids), packed(w), out.f32(), out.stride[0]);
+  launch(embed_kernel, unsigned(ids.size()), 256, 0, stream_, on_gpu(ids), reinterpret_cast<const int32_t*>(choice_.ids.data()), packed(w),
+         out.f32(), out.stride[0]);
 }
 
 }  // namespace mla::cuda

@@ -100,7 +100,7 @@ class Device {
   virtual Weight pack(std::span<const Tensor> pieces) = 0;
   Weight pack(const Tensor& one) { return pack(std::span(&one, 1)); }
 
-  // out f32 [n, cols] = rows ids[i] of w [1, rows, cols]
+  // out f32 [n, cols] = rows ids[i] of w [1, rows, cols]; an id below 0 names one that was chosen (`choose`).
   virtual void embed(std::span<const int32_t> ids, const Weight& w, Tensor out) = 0;
   // Products of x f32 [n, cols] with each w. Rows of x and y may be strided.
   virtual void linear(Tensor x, std::span<const Projection> projections) = 0;
@@ -128,9 +128,11 @@ class Device {
   }
 
   // For each row of logits f32 [n, vocab] an id: with temperature 0 that of the largest, the lower of equals; else the one that at[row] in
-  // [0, 1) falls on when ids share [0, 1) in order, by exp(logit / temperature). -1 where the logits are no numbers. Returns false, and
-  // does nothing, where logits lie on the host: callers choose there.
-  virtual bool choose(Tensor, double /* temperature */, std::span<const double> /* at */, std::span<int32_t> /* ids */) { return false; }
+  // [0, 1) falls on when ids share [0, 1) in order, by exp(logit / temperature). -1 where the logits are no numbers. They stay on the
+  // device until the next choice: `chosen` waits for them, and embed takes an id of -1 - r as the one chosen for row r, so that a step need
+  // not wait. Returns false, and does nothing, where logits lie on the host: callers choose there.
+  virtual bool choose(Tensor, double /* temperature */, std::span<const double> /* at */) { return false; }
+  virtual void chosen(std::span<int32_t> /* ids */) {}
 
   // y f32 [n, d] = x / sqrt(mean(x²) + eps) ⊙ weight f32 [d]. Rows may be strided; y may be x.
   virtual void rms_norm(Tensor x, Tensor weight, float eps, Tensor y) = 0;
@@ -155,9 +157,9 @@ class Device {
     rms_norm(latents, norm, eps, latents);
     rope(slice(heads, 2, d_c, row - d_c), cos_sin, interleaved);
     store(rows, slots, kv);
+    if (queries.data) rope(queries, cos_sin, interleaved, rotated);
   }
   // Keys and values that were expanded from latents: kv f32 [n, heads, d_h + d_v], as W_UK and W_UV give them, and the rotary key
-    if (queries.data) rope(queries, cos_sin, interleaved, rotated);
   // that all heads share, f32 [n, d_R], become rows of a contiguous Kv of d_k = d_h + d_R, f32 or bf16.
   virtual void store_expanded(Tensor kv, Tensor rotary, const Kv& to) = 0;
   // rows f32 [n, layout.row()] = rows first..first+n of the span's pages

@@ -1,4 +1,5 @@
-// Prefill in chunks, then one token a step for every text that still runs.
+// Prefill in chunks, then one token a step for every text that still runs. Where the device chooses the tokens, a step is issued before the
+// host has been told those of the one before, so that the device never waits for it: a text that has ended gives the surplus token back.
 #include "model/generate.h"
 
 #include "core/check.h"
@@ -7,6 +8,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
 namespace mla {
 namespace {
@@ -22,6 +24,7 @@ class Writer {
   GenerateFigures run() {
     check();
     sent_.assign(texts_.size(), 0);
+    row_.assign(texts_.size(), -1);
     prefill();
     const auto begin = Clock::now();
     while (decode()) figures_.decode_seconds = seconds_since(begin);
@@ -38,17 +41,16 @@ class Writer {
       if (int64_t(text.tokens.size()) <= cache_.length(text.sequence)) fail_input("a prompt has no tokens; give at least one");
   }
 
-  // The logits of a step; without data, all texts have ended.
+  // The logits of a step. Without data, the texts have been cancelled or the cache is full.
   Tensor forward(std::span<const Chunk> chunks, const Progress& progress = {}) {
     struct Cancelled {};
     try {
-      const Tensor logits = model_.forward(chunks, cache_, [&](double fraction) {
+      return model_.forward(chunks, cache_, [&](double fraction) {
         if (hooks_.cancelled && hooks_.cancelled()) throw Cancelled();
         if (progress) progress(fraction);
       });
-      if (!logits.data) finish_all(Finish::cache_full);
-      return logits;
     } catch (const Cancelled&) {
+      settle();
       finish_all(Finish::cancelled);
       return {};
     }
@@ -84,10 +86,14 @@ class Writer {
       const Tensor logits = forward(chunks, [&](double fraction) {
         if (hooks_.on_prefill) hooks_.on_prefill((double(done) + fraction * double(tokens)) / double(total));
       });
-      if (!logits.data) break;
+      if (!logits.data) {
+        finish_all(Finish::cache_full);
+        break;
+      }
       done += tokens;
       figures_.prefill_tokens += tokens;
       pick(ready, logits);
+      settle();
       figures_.prefill_seconds = seconds_since(begin);
     }
     if (hooks_.on_prefill) hooks_.on_prefill(1);
@@ -96,27 +102,36 @@ class Writer {
 
   // One token more for every text that runs; false when none does.
   bool decode() {
+    std::vector<int32_t> ids(texts_.size());
     std::vector<Chunk> chunks;
     std::vector<size_t> running;
     double rows = 0;
     for (size_t i = 0; i < texts_.size(); ++i) {
-      if (texts_[i].finish != Finish::running) continue;
-      chunks.push_back({texts_[i].sequence, std::span(texts_[i].tokens).last(1), Chunk::Logits::last});
+      const bool told = row_[i] < 0;
+      if (texts_[i].finish != Finish::running || int64_t(texts_[i].sampled.size()) + !told >= options_.max_tokens) continue;
+      ids[i] = told ? texts_[i].tokens.back() : -1 - row_[i];
+      chunks.push_back({texts_[i].sequence, std::span(ids).subspan(i, 1), Chunk::Logits::last});
       running.push_back(i);
       rows += double(cache_.length(texts_[i].sequence));
     }
-    if (running.empty()) return false;
+    if (running.empty()) return settle();
     const Tensor logits = forward(chunks);
-    if (!logits.data) return false;
-    figures_.decode_tokens += int64_t(running.size());
+    const bool settled = settle();
+    if (!logits.data) {
+      // Texts that have ended meanwhile have left room for the others.
+      if (!settled) finish_all(Finish::cache_full);
+      return true;
+    }
+    const auto go_on = std::count_if(running.begin(), running.end(), [&](size_t i) { return texts_[i].finish == Finish::running; });
+    figures_.decode_tokens += go_on;
     figures_.decode_bytes += model_.step_weight_bytes(int64_t(running.size())) + rows * double(cache_.bytes_per_token());
-    pick(running, logits);
+    if (go_on > 0) pick(running, logits);
     return true;
   }
 
   // Samples the next token of each of these texts from the rows of logits [texts, vocab].
   void pick(std::span<const size_t> which, const Tensor& device_logits) {
-    if (is_plain(options_.sampling) && pick_on_device(which, device_logits)) return;
+    if (which.empty() || (is_plain(options_.sampling) && pick_on_device(which, device_logits))) return;
     const Tensor logits = model_.to_host(device_logits);
     const auto vocab = size_t(model_.config().vocab_size);
     std::vector<Sampled> picked(which.size());
@@ -128,14 +143,27 @@ class Writer {
     for (size_t row = 0; row < which.size(); ++row) take(which[row], std::move(picked[row]));
   }
 
+  // The same on the device; `settle` will be told the tokens.
   bool pick_on_device(std::span<const size_t> which, const Tensor& logits) {
     std::vector<double> at;
     for (const size_t i : which) at.push_back(random_uniform(options_.sampling.seed, texts_[i].tokens.size()));
-    std::vector<int32_t> ids(which.size());
-    if (!model_.device().choose(logits, options_.sampling.temperature, at, ids)) return false;
-    for (size_t row = 0; row < which.size(); ++row) {
-      if (ids[row] < 0) fail("the model's logits are not finite; is the checkpoint damaged?");
-      take(which[row], {ids[row], 0, {}});
+    if (!model_.choose(logits, options_.sampling.temperature, at)) return false;
+    chosen_ = which.size();
+    for (size_t row = 0; row < which.size(); ++row)
+      if (texts_[which[row]].finish == Finish::running) row_[which[row]] = int32_t(row);
+    return true;
+  }
+
+  // Takes the tokens that the device has chosen; false if there are none.
+  bool settle() {
+    if (chosen_ == 0) return false;
+    std::vector<int32_t> ids(std::exchange(chosen_, 0));
+    model_.device().chosen(ids);
+    for (size_t i = 0; i < texts_.size(); ++i) {
+      if (row_[i] < 0) continue;
+      const int32_t id = ids[size_t(std::exchange(row_[i], -1))];
+      if (id < 0) fail("the model's logits are not finite; is the checkpoint damaged?");
+      take(i, {id, 0, {}});
     }
     return true;
   }
@@ -146,10 +174,16 @@ class Writer {
     text.tokens.push_back(id);
     text.sampled.push_back(std::move(token));
     if (std::find(options_.end_tokens.begin(), options_.end_tokens.end(), id) != options_.end_tokens.end())
-      return finish(i, Finish::end_token);
-    if (hooks_.spell && stops_.append(text.text, hooks_.spell(i, id))) return finish(i, Finish::stop_string);
-    if (int64_t(text.sampled.size()) >= options_.max_tokens) return finish(i, Finish::length);
+      return end(i, Finish::end_token);
+    if (hooks_.spell && stops_.append(text.text, hooks_.spell(i, id))) return end(i, Finish::stop_string);
+    if (int64_t(text.sampled.size()) >= options_.max_tokens) return end(i, Finish::length);
     send(i, stops_.settled(text.text));
+  }
+
+  // The last token does not stay in the cache, where a step that was issued meanwhile has put it.
+  void end(size_t i, Finish why) {
+    cache_.truncate(texts_[i].sequence, int64_t(texts_[i].tokens.size()) - 1);
+    finish(i, why);
   }
 
   void finish(size_t i, Finish why) {
@@ -173,6 +207,8 @@ class Writer {
   const GenerateHooks& hooks_;
   StopScan stops_;
   std::vector<size_t> sent_;  // bytes of each text that on_text has had
+  std::vector<int32_t> row_;  // of each text among the tokens that the device has chosen; -1: none
+  size_t chosen_ = 0;         // tokens that it has chosen and not told
   GenerateFigures figures_;
 };
 

@@ -36,10 +36,10 @@ class Growth {
   std::vector<std::pair<int, int64_t>> before_;
 };
 
-void check_tokens(const Chunk& chunk, int64_t vocabulary) {
+void check_tokens(const Chunk& chunk, int64_t vocabulary, int64_t chosen) {
   if (chunk.tokens.empty()) fail_input("a sequence has no tokens to run; give at least one");
   for (int32_t id : chunk.tokens)
-    if (id < 0 || id >= vocabulary) fail_input("token id {} is outside the vocabulary of {}", id, vocabulary);
+    if (id < -chosen || id >= vocabulary) fail_input("token id {} is outside the vocabulary of {}", id, vocabulary);
 }
 
 int64_t wanted_rows(std::span<const Chunk> chunks) {
@@ -129,13 +129,19 @@ Model::Model(const Checkpoint& checkpoint, Device& device, const Progress& progr
   rope_frequencies_ = rope_frequencies(config_, factors);
 }
 
+bool Model::choose(const Tensor& logits, double temperature, std::span<const double> at) {
+  const bool chooses = device_->choose(logits, temperature, at);
+  chosen_ = chooses ? logits.shape[0] : 0;
+  return chooses;
+}
+
 LatentCache Model::make_cache(int64_t tokens, DType type) const {
   return LatentCache(config_.num_hidden_layers, {config_.kv_layout(), type}, tokens, device_->memory());
 }
 
 Tensor Model::forward(std::span<const Chunk> chunks, LatentCache& cache, const Progress& progress) {
   CHECK(cache.layers() == config_.num_hidden_layers, "a cache of {} layers for a model of {}", cache.layers(), config_.num_hidden_layers);
-  for (const Chunk& chunk : chunks) check_tokens(chunk, config_.vocab_size);
+  for (const Chunk& chunk : chunks) check_tokens(chunk, config_.vocab_size, chosen_);
   arena_.reset();
   Growth growth(cache);
   Step step{config_, *device_, arena_, cache, form, dump, {}, {}, {}, {}};

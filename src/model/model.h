@@ -68,7 +68,7 @@ Weights load_weights(const Checkpoint& checkpoint, const Config& config, Device&
 
 enum class MlaForm : uint8_t { automatic, absorbed, expanded };
 
-// New tokens of one sequence in a step.
+// New tokens of one sequence in a step. An id of -1 - r is the one that Model::choose chose last for row r.
 struct Chunk {
   int sequence;  // in the cache
   std::span<const int32_t> tokens;
@@ -87,6 +87,9 @@ class Model {
   // live in the device's memory until the next call. When the cache has too few pages nothing changes, and the answer has no data.
   // `progress` is called before each layer; it may throw, which ends the pass and leaves the cache as it was.
   Tensor forward(std::span<const Chunk> chunks, LatentCache& cache, const Progress& progress = {});
+
+  // Device::choose of the last pass's logits, whose ids the next passes may name; false where the host has to choose.
+  bool choose(const Tensor& logits, double temperature, std::span<const double> at);
 
   // Logits where the host can read them, until the next call.
   Tensor to_host(const Tensor& logits) { return on_host(logits, device_->memory(), host_logits_); }
@@ -112,6 +115,7 @@ class Model {
   uint64_t number_;                       // of this model among all that were made
   std::vector<double> rope_frequencies_;  // [d_R / 2]
   Arena arena_;
+  int64_t chosen_ = 0;  // ids that the device has chosen
   std::vector<float> host_logits_;
 };
 

@@ -3,8 +3,10 @@
 
 #include "core/check.h"
 #include "golden.h"
+#include "machines.h"
 
 #include <atomic>
+#include <cmath>
 #include <map>
 
 namespace mla {
@@ -105,6 +107,86 @@ TEST_P(Generate, APassThatIsGivenUpLeavesNoTrace) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, Generate, testing::Values("dsv2-q-group", "dsv2-noq-greedy", "llama3", "qwen2"), test::test_name);
+
+// A device that chooses ids, as a GPU does, and knows those that steps name.
+class Chooser final : public FromHost {
+ public:
+  Chooser() : FromHost(make_cpu(2)) {}
+  int named = 0;
+
+  bool choose(Tensor logits, double temperature, std::span<const double> at) override {
+    ids_.clear();
+    for (int64_t r = 0; r < logits.shape[0]; ++r) {
+      const std::span<const float> row(logits.f32() + r * logits.stride[0], size_t(logits.shape[1]));
+      const auto best = std::max_element(row.begin(), row.end());
+      auto id = best - row.begin();
+      if (temperature > 0) {
+        double left = 0;
+        for (const float x : row) left += at[size_t(r)] * std::exp((double(x) - *best) / temperature);
+        for (id = 0; (left -= std::exp((double(row[size_t(id)]) - *best) / temperature)) >= 0;) ++id;
+      }
+      ids_.push_back(int32_t(id));
+    }
+    return true;
+  }
+  void chosen(std::span<int32_t> ids) override { std::copy(ids_.begin(), ids_.end(), ids.begin()); }
+  void embed(std::span<const int32_t> ids, const Weight& w, Tensor out) override {
+    std::vector<int32_t> known(ids.begin(), ids.end());
+    for (int32_t& id : known)
+      if (id < 0) id = ids_[size_t(-1 - id)], ++named;
+    FromHost::embed(known, w, out);
+  }
+
+ private:
+  std::vector<int32_t> ids_;
+};
+
+TEST(GenerateAhead, TextsAreTheSame) {
+  const std::string name = "dsv2-q-group";
+  Chooser chooser;
+  Model ahead(Checkpoint::open(read_golden(name).folder), chooser);
+  const std::vector<std::vector<int32_t>> prompts{prompt_of(name, 0, 5), prompt_of(name, 7, 130), prompt_of(name, 20, 1)};
+  struct Outcome {
+    std::vector<std::vector<int32_t>> ids;
+    std::vector<std::string> text;
+    std::vector<Finish> finish;
+    std::vector<int64_t> cached;
+    int64_t decoded;
+    bool operator==(const Outcome&) const = default;
+  };
+  auto outcome = [&](Model& m, const GenerateOptions& o, int64_t room, int64_t most_layers) {
+    LatentCache cache = m.make_cache(room, DType::f32);
+    std::vector<Generation> texts(prompts.size());
+    for (size_t i = 0; i < texts.size(); ++i) texts[i].tokens = prompts[i], texts[i].sequence = cache.open();
+    GenerateHooks hooks = letters();
+    int64_t layers = 0;
+    hooks.cancelled = [&] { return ++layers > most_layers; };
+    Outcome out{};
+    out.decoded = generate(m, cache, texts, o, hooks).decode_tokens;
+    for (const Generation& t : texts) {
+      out.ids.push_back(new_ids(t)), out.text.push_back(t.text), out.finish.push_back(t.finish);
+      out.cached.push_back(cache.length(t.sequence));
+    }
+    return out;
+  };
+  const int64_t layers = ahead.config().num_hidden_layers;
+  for (const double temperature : {0.0, 1.2}) {
+    GenerateOptions o;
+    o.max_tokens = 70;
+    o.sampling.temperature = temperature;
+    const Outcome free = outcome(model(name), o, 4096, 1 << 20);
+    chooser.named = 0;
+    EXPECT_EQ(outcome(ahead, o, 4096, 1 << 20), free);
+    EXPECT_EQ(chooser.named, 3 * 68);  // all but the first of each and the last, which no step follows
+    EXPECT_EQ(outcome(ahead, o, 384, 1 << 20), outcome(model(name), o, 384, 1 << 20)) << "a full cache";
+    EXPECT_EQ(outcome(ahead, o, 4096, 5 * layers + 1), outcome(model(name), o, 4096, 5 * layers + 1)) << "cancelled";
+    // Ends that differ from text to text, one of them where a page ends.
+    o.end_tokens = {free.ids[1][62]};
+    o.stop_strings = {free.text[0].substr(20, 3)};
+    EXPECT_EQ(outcome(ahead, o, 4096, 1 << 20), outcome(model(name), o, 4096, 1 << 20));
+    EXPECT_EQ(outcome(ahead, o, 384, 1 << 20), outcome(model(name), o, 384, 1 << 20));
+  }
+}
 
 TEST(GenerateEnds, EndTokensEndAndAreKeptAmongTheIds) {
   GenerateOptions o;

@@ -148,7 +148,8 @@ TEST(GpuDevice, ChoosesAsTheHostDoes) {
       std::vector<double> at;
       for (int64_t r = 0; r < rows; ++r) at.push_back(random_uniform(options.seed, uint64_t(r)));
       std::vector<int32_t> ids(rows, -2);
-      ASSERT_TRUE(gpu()->choose(t, temperature, at, ids));
+      ASSERT_TRUE(gpu()->choose(t, temperature, at));
+      gpu()->chosen(ids);
       for (int64_t r = 0; r < rows; ++r) {
         const std::span<const float> row(logits.data() + r * vocab, size_t(vocab));
         const int32_t expected = sample(row, {}, options, r).token;
@@ -164,7 +165,8 @@ TEST(GpuDevice, ChoosesAsTheHostDoes) {
       gpu()->memory().upload(bad.data(), memory.data(), 16);
       std::vector<int32_t> id(1);
       const double at[] = {0.5};
-      ASSERT_TRUE(gpu()->choose(view(memory.data(), DType::f32, {1, 4}, Place::device), temperature, at, id));
+      ASSERT_TRUE(gpu()->choose(view(memory.data(), DType::f32, {1, 4}, Place::device), temperature, at));
+      gpu()->chosen(id);
       EXPECT_EQ(id[0], -1);
     }
 }
