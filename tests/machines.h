@@ -158,7 +158,7 @@ struct Machine {
   }
   // What products with these weights make of their activations.
   ActKind activations(DType type) const {
-    if (kernels) return kernels->acts[int(type)].kind;
+    if (kernels) return kernels->acts[int(type == DType::f8 ? DType::bf16 : type)].kind;  // fp8 is packed as bf16
     return type == DType::f32 ? ActKind::f32 : ActKind::bf16;
   }
 };

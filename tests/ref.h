@@ -49,12 +49,6 @@ inline Matrix to_double(const float* x, int64_t rows, int64_t cols, int64_t stri
   return m;
 }
 
-inline Matrix dequantised(DType type, const std::vector<std::byte>& bytes, int64_t rows, int64_t cols) {
-  std::vector<float> x(static_cast<size_t>(rows * cols));
-  for (int64_t i = 0; i < rows; ++i) dequantise(type, bytes.data() + i * row_bytes(type, cols), x.data() + i * cols, cols);
-  return to_double(x.data(), rows, cols, cols);
-}
-
 inline double dot(const Row& a, const Row& b) { return std::inner_product(a.begin(), a.end(), b.begin(), 0.0); }
 
 inline Row product(const Matrix& w, const Row& x) {

@@ -95,7 +95,9 @@ Check numbers(const Checkpoint& checkpoint) {
     if (cols % block != 0 || t.value.dtype == DType::i32 || t.value.dtype == DType::i64) continue;
     const int64_t n = std::min<int64_t>(t.value.count(), std::max<int64_t>(cols, (1 << 16) / cols * cols));
     values.resize(size_t(n));
-    dequantise(t.value.dtype, t.value.data, values.data(), n);
+    Tensor rows = view(t.value.data, t.value.dtype, {n / cols, cols});
+    rows.scales = t.value.scales;
+    dequantise(rows, values.data());
     for (float x : values) {
       if (!std::isfinite(x))
         return bad("numbers", fmt::format("{} holds {}; f16 overflows where bf16 does not, so write it as bf16", t.name, x));

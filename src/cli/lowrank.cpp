@@ -40,10 +40,10 @@ struct Tried {
   double seconds;
 };
 
-Matrix decoded(DType type, const void* data, int64_t rows, int64_t cols) {
-  std::vector<float> values(size_t(rows * cols));
-  dequantise(type, data, values.data(), rows * cols);
-  Matrix w(rows, cols);
+Matrix decoded(const Tensor& t) {
+  std::vector<float> values(size_t(t.count()));
+  dequantise(t, values.data());
+  Matrix w(t.shape[0], t.shape[1]);
   std::copy(values.begin(), values.end(), w.data.begin());
   return w;
 }
@@ -53,7 +53,8 @@ Matrix from_safetensors(const std::string& path, const std::string& name) {
   std::string matrices;
   for (const ListedTensor& t : parse_safetensors({file.data(), file.size()}, path)) {
     if (t.shape.size() != 2 || !t.dtype) continue;
-    if (t.name == name) return decoded(*t.dtype, file.data() + t.begin, t.shape[0], t.shape[1]);
+    if (t.name == name && t.dtype == DType::f8) fail_input("{} is fp8, with its scales elsewhere; name the model's folder", name);
+    if (t.name == name) return decoded(view(const_cast<std::byte*>(file.data()) + t.begin, *t.dtype, {t.shape[0], t.shape[1]}));
     if (matrices.size() < 200) matrices += (matrices.empty() ? "" : ", ") + t.name;
   }
   fail_input("{} has no matrix \"{}\"; --tensor may be {}", path, name, matrices.empty() ? "nothing: it holds no matrices" : matrices);
@@ -63,7 +64,7 @@ Matrix from_model(const std::string& path, const std::string& name) {
   const Checkpoint checkpoint = Checkpoint::open(path);
   const Tensor& t = checkpoint.get(name).value;
   if (t.rank != 2) fail_input("{} is {}; only matrices can be factorised", name, describe(t));
-  return decoded(t.dtype, t.data, t.shape[0], t.shape[1]);
+  return decoded(t);
 }
 
 Matrix read_matrix(const LowRankOptions& o) {

@@ -55,6 +55,10 @@ inline uint16_t f32_to_bf16(float x) {
 float f16_to_f32(uint16_t x);
 uint16_t f32_to_f16(float x);
 
+// fp8 weights have an f32 scale for each block of 128 rows × 128 columns, as DeepSeek publishes them; blocks at the ends may be smaller.
+constexpr int64_t f8_block = 128;
+constexpr int64_t f8_blocks(int64_t n) { return (n + f8_block - 1) / f8_block; }
+
 inline float f8_to_f32(uint8_t x) {
   const float magnitude = std::bit_cast<float>(uint32_t(x & 0x7f) << 20) * 0x1p120f;
   const uint32_t none = (x & 0x7f) == 0x7f ? 0x7fc00000u : 0;

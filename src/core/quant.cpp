@@ -1,4 +1,4 @@
-// GGUF's block formats, decoded and encoded one block at a time.
+// GGUF's block formats, decoded and encoded one block at a time, and rows of fp8.
 #include "core/quant.h"
 
 #include "core/check.h"
@@ -167,6 +167,25 @@ void dequantise(DType type, const void* from, float* to, int64_t n) {
     case DType::q5_k: return decode_blocks(type, from, to, n, decode_q5_k);
     case DType::q6_k: return decode_blocks(type, from, to, n, decode_q6_k);
     default: fail("{} has no numeric decoding", info(type).name);
+  }
+}
+
+Tensor row_of(const Tensor& t, int64_t row) {
+  const int64_t cols = t.shape[t.rank - 1];
+  Tensor out = view(static_cast<std::byte*>(t.data) + row * row_bytes(t.dtype, cols), t.dtype, {cols}, t.place);
+  if (!t.scales) return out;
+  const int64_t rows = t.rank > 1 ? t.shape[t.rank - 2] : 1;
+  out.scales = t.scales + (row / rows * f8_blocks(rows) + row % rows / f8_block) * f8_blocks(cols);
+  return out;
+}
+
+void dequantise(const Tensor& t, float* to) {
+  if (t.dtype != DType::f8) return dequantise(t.dtype, t.data, to, t.count());
+  CHECK(t.scales, "fp8 weights {} without scales", describe(t));
+  const int64_t cols = t.shape[t.rank - 1];
+  for (int64_t r = 0; r < t.count() / cols; ++r) {
+    const Tensor row = row_of(t, r);
+    for (int64_t i = 0; i < cols; ++i) to[r * cols + i] = row.scales[i / f8_block] * f8_to_f32(row.as<uint8_t>()[i]);
   }
 }
 

@@ -17,7 +17,8 @@ struct Tensor {
   Place place = Place::host;
   int rank = 0;
   int64_t shape[4] = {};
-  int64_t stride[4] = {};  // in elements; a quantised type is contiguous along its last dimension
+  int64_t stride[4] = {};         // in elements; a quantised type is contiguous along its last dimension
+  const float* scales = nullptr;  // of fp8 weights: [f8_blocks(rows), f8_blocks(cols)] for each matrix
 
   template <class T>
   T* as() const {

@@ -72,17 +72,20 @@ void unpack_row(const PackedFormat& format, const std::byte* group, int r, int64
 Weight CpuDevice::pack(std::span<const Tensor> pieces) {
   CHECK(!pieces.empty(), "nothing to pack");
   const Tensor& first = pieces[0];
-  const PackedFormat format = packed_format(first.dtype);
+  const bool f8 = first.dtype == DType::f8;  // which the kernels meet as bf16
+  const DType held = f8 ? DType::bf16 : first.dtype;
+  const PackedFormat format = packed_format(held);
   CHECK(format.unit_cols > 0, "no products with {} weights", info(first.dtype).name);
   CHECK(first.rank == 2 || first.rank == 3, "weights are [rows, cols] or [n, rows, cols], not {}", mla::describe(first));
   const int64_t rows = first.shape[first.rank - 2], cols = first.shape[first.rank - 1];
   CHECK(rows > 0 && cols > 0 && cols % info(first.dtype).block == 0, "rows of {} are no whole blocks", mla::describe(first));
   Weight w;
-  w.dtype = first.dtype, w.rows = rows, w.cols = cols;
+  w.dtype = held, w.rows = rows, w.cols = cols;
   for (const Tensor& t : pieces) {
     CHECK(t.dtype == first.dtype && (t.rank == 2 || t.rank == 3) && t.shape[t.rank - 2] == rows && t.shape[t.rank - 1] == cols,
           "{} does not stack on {}", mla::describe(t), mla::describe(first));
     CHECK(cols == 1 || t.stride[t.rank - 1] == 1, "columns are {} apart", t.stride[t.rank - 1]);
+    CHECK(!f8 || (t.scales && t.contiguous()), "fp8 weights {} without scales, or with gaps", mla::describe(t));
     w.count += t.rank == 3 ? t.shape[0] : 1;
   }
   const int64_t groups = packed_groups(rows), group_bytes = packed_group_bytes(w.dtype, cols), units = packed_units(w.dtype, cols);
@@ -94,11 +97,20 @@ Weight CpuDevice::pack(std::span<const Tensor> pieces) {
   for (const Tensor& t : pieces) {
     const int64_t matrices = t.rank == 3 ? t.shape[0] : 1, pitch = row_bytes(t.dtype, t.stride[t.rank - 2]);
     const int64_t matrix_pitch = t.rank == 3 ? row_bytes(t.dtype, t.stride[0]) : 0;
-    threads_.parallel(matrices * groups, [&](int64_t item, int) {
-      const int64_t m = item / groups, g = item % groups;
-      const auto* from = static_cast<const std::byte*>(t.data) + m * matrix_pitch + lanes * g * pitch;
-      pack_group(format, from, int(std::min<int64_t>(lanes, rows - lanes * g)), pitch, row_bytes(t.dtype, cols), units,
-                 w.data + (done + m) * w.matrix_bytes + g * group_bytes);
+    threads_.parallel(matrices * groups, [&](int64_t item, int thread) {
+      const int64_t m = item / groups, g = item % groups, n = std::min<int64_t>(lanes, rows - lanes * g);
+      std::byte* to = w.data + (done + m) * w.matrix_bytes + g * group_bytes;
+      if (!f8) {
+        const auto* from = static_cast<const std::byte*>(t.data) + m * matrix_pitch + lanes * g * pitch;
+        return pack_group(format, from, int(n), pitch, row_bytes(t.dtype, cols), units, to);
+      }
+      ArenaScope scope(scratch(thread));
+      const Tensor row = scratch(thread).tensor(DType::f32, {cols}), decoded = scratch(thread).tensor(held, {n, cols});
+      for (int64_t r = 0; r < n; ++r) {
+        dequantise(row_of(t, m * rows + lanes * g + r), row.f32());
+        quantise(held, row.f32(), row_of(decoded, r).data, cols);
+      }
+      pack_group(format, decoded.as<std::byte>(), int(n), row_bytes(held, cols), row_bytes(held, cols), units, to);
     });
     done += matrices;
   }

@@ -1,17 +1,10 @@
 // How absorbed decode loads a cache of f8: a warpgroup reads codes, and leaves bf16 in shared memory as the copy engine would.
 #pragma once
 
+#include "cuda/codes.cuh"
 #include "cuda/decode_shared.cuh"
 
 namespace mla::cuda {
-
-// Two codes of e4m3 in bytes 1 and 3, as bf16 of 2^-120 times their values: the exponents differ in their bias alone.
-__device__ inline uint32_t widen_codes(uint32_t x) { return (x >> 4 & 0x07f007f0) | (x & 0x80008000); }
-
-__device__ inline uint32_t scale_pair(uint32_t pair, __nv_bfloat162 by) {
-  const __nv_bfloat162 y = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&pair), by);
-  return *reinterpret_cast<const uint32_t*>(&y);
-}
 
 // A tile goes in five units: 32 rows of a half of its boxes each, and the rotary part. A warp reads 256 bytes of a row at a time, 16 a
 // lane. The next unit is on its way to registers while one is stored; whole tiles are asked for into the second-level cache before.

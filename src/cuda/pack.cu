@@ -1,4 +1,5 @@
 // Weights from the file's blocks to the kernels' order (pack.h), on the GPU, and single rows of them back.
+#include "cuda/codes.cuh"
 #include "cuda/cuda.h"
 #include "cuda/launch.cuh"
 #include "cuda/pack.h"
@@ -79,6 +80,10 @@ __global__ void pack_kernel(Source from, PackedMatrix to, int first) {
   const int lane = int(threadIdx.x), row = first + int(blockIdx.y * blockDim.y + threadIdx.y), column = int(blockIdx.x) * 32 + lane;
   if (row >= to.padded_rows()) return;
   const bool inside = row < to.rows && column < to.cols;
+  if (to.type == DType::f8) {
+    const_cast<std::byte*>(to.codes(0, row))[q8_place(column)] = std::byte(inside ? from.data[(row - first) * from.row_bytes + column] : 0);
+    return;
+  }
   const float x = inside ? from.at(row - first, column) : 0;
   auto* codes = const_cast<std::byte*>(to.codes(0, row));
   if (to.type == DType::f32) {
@@ -100,7 +105,7 @@ __global__ void pack_kernel(Source from, PackedMatrix to, int first) {
   }
   // x is a multiple of the scale, or is rounded to one.
   const int code = scale != 0 ? __float2int_rn(x / scale) : 0;
-  if (lane == 0) const_cast<uint16_t*>(to.scales(0, row))[column / 32] = __half_as_ushort(__float2half(scale));
+  if (lane == 0) reinterpret_cast<__half*>(const_cast<std::byte*>(to.scales(0, row)))[column / 32] = __float2half(scale);
   if (to.type == DType::q8_0) {
     reinterpret_cast<int8_t*>(codes)[q8_place(column)] = int8_t(max(-128, min(127, code)));
   } else {
@@ -114,7 +119,9 @@ __device__ float packed_at(const PackedMatrix& m, int64_t matrix, int64_t row, i
   const std::byte* codes = m.codes(matrix, row);
   if (m.type == DType::f32) return reinterpret_cast<const float*>(codes)[column];
   if (m.type == DType::bf16) return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(codes)[column]);
-  const float scale = __half2float(__ushort_as_half(m.scales(matrix, row)[column / 32]));
+  if (m.type == DType::f8)
+    return reinterpret_cast<const float*>(m.scales(matrix, row))[column / 128] * code_value(uint8_t(codes[q8_place(column)]));
+  const float scale = __half2float(reinterpret_cast<const __half*>(m.scales(matrix, row))[column / 32]);
   if (m.type == DType::q8_0) return scale * float(reinterpret_cast<const int8_t*>(codes)[q8_place(column)]);
   return scale * float(int(uint8_t(codes[q4_place(column)]) >> q4_shift(column) & 15) - 8);
 }
@@ -140,7 +147,8 @@ DType held_type(DType type) {
     case DType::f32: return DType::f32;
     case DType::f16:
     case DType::bf16: return DType::bf16;
-    case DType::q4_0: return DType::q4_0;
+    case DType::f8:
+    case DType::q4_0: return type;
     case DType::q8_0:
     case DType::q4_1:
     case DType::q4_k:
@@ -172,6 +180,7 @@ Weight CudaDevice::pack(std::span<const Tensor> pieces) {
     require(t.dtype == first.dtype && (t.rank == 2 || t.rank == 3) && t.shape[t.rank - 2] == w.rows && t.shape[t.rank - 1] == w.cols &&
                 (w.cols == 1 || t.stride[t.rank - 1] == 1),
             "pieces that do not stack", first, t);
+    require(t.dtype != DType::f8 || (t.scales && t.contiguous()), "fp8 weights without scales, or with gaps", t);
     w.count += t.rank == 3 ? t.shape[0] : 1;
   }
   PackedMatrix to = packed(w.dtype, w.rows, w.cols);
@@ -180,10 +189,14 @@ Weight CudaDevice::pack(std::span<const Tensor> pieces) {
   to.data = w.data = w.owner->data();
 
   const int64_t row = row_bytes(first.dtype, w.cols);
-  const int64_t rows_at_once = std::clamp<int64_t>(int64_t(most_upload_bytes) / row / 16 * 16, 16, w.rows);
+  const int64_t rows_at_once = std::min(std::max<int64_t>(int64_t(most_upload_bytes) / row / 16 * 16, 16), w.rows);
   int64_t matrix = 0;
   for (const Tensor& t : pieces)
-    for (int64_t m = 0; m < (t.rank == 3 ? t.shape[0] : 1); ++m, ++matrix)
+    for (int64_t m = 0; m < (t.rank == 3 ? t.shape[0] : 1); ++m, ++matrix) {
+      if (t.scales) {
+        const int64_t scales = f8_blocks(w.rows) * f8_blocks(w.cols);
+        memory_.upload(t.scales + m * scales, const_cast<std::byte*>(to.scales(matrix, 0)), size_t(scales) * 4);
+      }
       for (int64_t from = 0; from < w.rows; from += rows_at_once) {
         // The last rows bring the padding with them.
         const int64_t n = std::min(rows_at_once, w.rows - from), pitch = row_bytes(t.dtype, t.stride[t.rank - 2]);
@@ -197,6 +210,7 @@ Weight CudaDevice::pack(std::span<const Tensor> pieces) {
         launch(pack_kernel, dim3(unsigned(ceil_div(to.pitch, 32)), unsigned(ceil_div(packed_rows, 8))), dim3(32, 8), 0, stream_,
                Source{reinterpret_cast<const uint8_t*>(staged), t.dtype, type.block, type.block_bytes, row}, part, int(from));
       }
+    }
   return w;
 }
 

@@ -1,7 +1,8 @@
 // How weights lie in the GPU's memory. A matrix keeps its rows one after the other, padded with zeros to 16 rows and to whole units of
-// columns. f32 and bf16 stay as they are and f16 becomes bf16. Quantised rows are [codes of all rows | f16 scales of all rows], a scale
-// for each 32 columns, in the order in which four lanes of a warp multiply them (product_gemv.cu): q8_0 and q4_0 keep the file's numbers,
-// the other quantised types become q8_0, which rounds them by at most 1/254 of their block's largest.
+// columns. f32 and bf16 stay as they are and f16 becomes bf16. Quantised rows are [codes of all rows | scales], the codes in the order in
+// which four lanes of a warp multiply them (product_gemv.cu). q8_0 and q4_0 keep the file's numbers, with an f16 scale for each 32 columns
+// of a row; the other quantised types become q8_0, which rounds them by at most 1/254 of their block's largest. fp8 keeps the file's
+// numbers, too: codes in the order of q8_0, and an f32 scale for each 128 rows × 128 columns.
 #pragma once
 
 #include "cuda/error.h"
@@ -16,21 +17,24 @@ struct PackedMatrix {
   const std::byte* data;
   int64_t matrix_bytes;
   int rows, cols, pitch;  // pitch: columns with the padding
-  DType type;             // f32, bf16, q8_0 or q4_0
+  DType type;             // f32, bf16, f8, q8_0 or q4_0
 
   __host__ __device__ int padded_rows() const { return (rows + 15) / 16 * 16; }
   __host__ __device__ int64_t code_row_bytes() const {
-    return type == DType::f32 ? int64_t(pitch) * 4 : type == DType::bf16 ? int64_t(pitch) * 2 : type == DType::q8_0 ? pitch : pitch / 2;
+    return type == DType::f32 ? int64_t(pitch) * 4 : type == DType::bf16 ? int64_t(pitch) * 2 : type == DType::q4_0 ? pitch / 2 : pitch;
   }
   __host__ __device__ const std::byte* codes(int64_t matrix, int64_t row) const {
     return data + matrix * matrix_bytes + row * code_row_bytes();
   }
-  __host__ __device__ const uint16_t* scales(int64_t matrix, int64_t row) const {
-    return reinterpret_cast<const uint16_t*>(data + matrix * matrix_bytes + padded_rows() * code_row_bytes()) + row * (pitch / 32);
+  // A row's scales; of fp8, those of its 128 rows.
+  __host__ __device__ const std::byte* scales(int64_t matrix, int64_t row) const {
+    return data + matrix * matrix_bytes + padded_rows() * code_row_bytes() +
+           (type == DType::f8 ? row / 128 * ((cols + 127) / 128) * 4 : row * (pitch / 32 * 2));
   }
   __host__ __device__ int64_t bytes() const {
-    const bool scaled = type == DType::q8_0 || type == DType::q4_0;
-    return padded_rows() * (code_row_bytes() + (scaled ? pitch / 32 * 2 : 0));
+    const int64_t codes = padded_rows() * code_row_bytes();
+    if (type == DType::f8) return codes + int64_t(rows + 127) / 128 * ((cols + 127) / 128) * 4;
+    return type == DType::q8_0 || type == DType::q4_0 ? codes + padded_rows() * (pitch / 32 * 2) : codes;
   }
 };
 

@@ -56,7 +56,7 @@ struct Product {
 constexpr int few_rows = 8;
 
 void product_f32(const Product& p, cudaStream_t stream);   // f32 weights, any number of rows
-void product_gemv(const Product& p, cudaStream_t stream);  // bf16, q8_0, q4_0; rows in groups of 8
+void product_gemv(const Product& p, cudaStream_t stream);  // bf16, f8, q8_0, q4_0; rows in groups of 8
 // y += Σ weight[j] · W_choice[j] x[j] for one token, whose x[j] are heads.
 bool product_sum_takes(const Product& p);
 void product_sum(const Product& p, const float* weight, cudaStream_t stream);

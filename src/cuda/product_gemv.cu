@@ -2,6 +2,7 @@
 // been loaded with up to 8 rows of activations. Weights go from memory to registers in pieces of 16 bytes a lane, already in the order of
 // the instruction's fragments, since the order of a sum's terms is free as long as both sides have the same. A piece's registers are
 // loaded again as soon as it has been used, with what the warp will need that many pieces later, so that memory never waits.
+#include "cuda/codes.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/product.h"
 
@@ -35,7 +36,7 @@ __device__ uint4 load_once(const void* p) {
 // The two rows of weights of a lane's fragments; scales of quantised ones.
 struct Source {
   const std::byte *upper, *lower;
-  const uint16_t *upper_scales, *lower_scales;
+  const std::byte *upper_scales, *lower_scales;
 };
 
 // What a lane has of 16 rows × `columns` columns: 16 bytes (bf16: twice, so that a row's four lanes have a cache line) of each of its two
@@ -82,8 +83,8 @@ struct Piece<DType::q8_0> {
   __device__ void load(const Source& from, int column, int lane) {
     const int at = column + lane % 4 * 16;
     upper = load_once(from.upper + at), lower = load_once(from.lower + at);
-    upper_scale = *reinterpret_cast<const uint32_t*>(from.upper_scales + column / 32);
-    lower_scale = *reinterpret_cast<const uint32_t*>(from.lower_scales + column / 32);
+    upper_scale = *reinterpret_cast<const uint32_t*>(from.upper_scales + column / 16);
+    lower_scale = *reinterpret_cast<const uint32_t*>(from.lower_scales + column / 16);
   }
   __device__ static void expand(uint32_t first, uint32_t second, uint32_t (&to)[4]) {
 #pragma unroll
@@ -105,6 +106,35 @@ struct Piece<DType::q8_0> {
   }
 };
 
+// Codes are exact in bf16, and one scale is that of all the piece's columns.
+template <>
+struct Piece<DType::f8> {
+  static constexpr int columns = 64, depth = 4;
+  uint4 upper, lower;
+  float upper_scale, lower_scale;
+  __device__ void load(const Source& from, int column, int lane) {
+    const int at = column + lane % 4 * 16;
+    upper = load_once(from.upper + at), lower = load_once(from.lower + at);
+    upper_scale = *reinterpret_cast<const float*>(from.upper_scales + column / 128 * 4);
+    lower_scale = *reinterpret_cast<const float*>(from.lower_scales + column / 128 * 4);
+  }
+  __device__ static uint32_t pair(uint32_t word, int which) {
+    return scale_pair(widen_codes(__byte_perm(word, 0, which ? 0x3424 : 0x1404)), __floats2bfloat162_rn(0x1p120f, 0x1p120f));
+  }
+  __device__ void add_to(float (&c)[4], const __nv_bfloat16* x, int lane) const {
+    const uint32_t up[4] = {upper.x, upper.y, upper.z, upper.w}, low[4] = {lower.x, lower.y, lower.z, lower.w};
+    float t[4] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint4 b = x ? *reinterpret_cast<const uint4*>(x + i * 32 + lane % 4 * 8) : uint4{};
+      multiply(t, pair(up[2 * i], 0), pair(low[2 * i], 0), pair(up[2 * i], 1), pair(low[2 * i], 1), b.x, b.y);
+      multiply(t, pair(up[2 * i + 1], 0), pair(low[2 * i + 1], 0), pair(up[2 * i + 1], 1), pair(low[2 * i + 1], 1), b.z, b.w);
+    }
+    c[0] += upper_scale * t[0], c[1] += upper_scale * t[1];
+    c[2] += lower_scale * t[2], c[3] += lower_scale * t[3];
+  }
+};
+
 template <>
 struct Piece<DType::q4_0> {
   static constexpr int columns = 128, depth = 2;
@@ -113,8 +143,8 @@ struct Piece<DType::q4_0> {
   __device__ void load(const Source& from, int column, int lane) {
     const int at = column / 2 + lane % 4 * 16;
     upper = load_once(from.upper + at), lower = load_once(from.lower + at);
-    upper_scale = *reinterpret_cast<const uint2*>(from.upper_scales + column / 32);
-    lower_scale = *reinterpret_cast<const uint2*>(from.lower_scales + column / 32);
+    upper_scale = *reinterpret_cast<const uint2*>(from.upper_scales + column / 16);
+    lower_scale = *reinterpret_cast<const uint2*>(from.lower_scales + column / 16);
   }
   // Nibbles become the low bits of 128 + nibble in bf16; less 136, that is the code.
   __device__ static void expand(uint32_t word, uint32_t (&to)[4]) {
@@ -366,6 +396,7 @@ template <Kind K>
 void run(const Product& p, const float* weight, cudaStream_t stream) {
   switch (p.part[0].w.type) {
     case DType::bf16: return run<DType::bf16, K>(p, weight, stream);
+    case DType::f8: return run<DType::f8, K>(p, weight, stream);
     case DType::q8_0: return run<DType::q8_0, K>(p, weight, stream);
     case DType::q4_0: return run<DType::q4_0, K>(p, weight, stream);
     default: require(false, "products of these weights with few rows");

@@ -19,7 +19,7 @@ class Threads;
 
 // Weights in the device's own order. `count` matrices of [rows, cols] (experts, heads; 1 otherwise); y = W x for each.
 struct Weight {
-  DType dtype = DType::f32;  // of the source: what the products' precision follows
+  DType dtype = DType::f32;  // as it is held: what the products' precision follows
   int64_t count = 0, rows = 0, cols = 0;
   std::byte* data = nullptr;
   int64_t matrix_bytes = 0;       // bytes from one matrix to the next
@@ -96,7 +96,8 @@ class Device {
   virtual Ceilings probe(double seconds) = 0;  // measures for about `seconds`
 
   // Puts matrices [rows, cols] (or stacks [n, rows, cols]; pieces are stacked in order) into the device's order. All pieces have
-  // one shape and type: f32, f16, bf16, q8_0, q4_0, q4_1, q4_k, q5_k or q6_k. The pieces may be dropped afterwards.
+  // one shape and type: f32, f16, bf16, fp8 with scales (contiguous), q8_0, q4_0, q4_1, q4_k, q5_k or q6_k. The pieces may be dropped
+  // afterwards.
   virtual Weight pack(std::span<const Tensor> pieces) = 0;
   Weight pack(const Tensor& one) { return pack(std::span(&one, 1)); }
 

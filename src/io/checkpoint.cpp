@@ -38,6 +38,22 @@ json read_json(const fs::path& path) {
   return parse_json(text_of(file), path.string());
 }
 
+// Of the ways to store quantised weights in a folder, DeepSeek's is read: fp8 (e4m3) with a scale for each 128 × 128.
+void check_quantisation(const json& config, const std::string& what) {
+  const auto found = config.find("quantization_config");
+  if (found == config.end() || found->is_null()) return;
+  if (!found->is_object()) fail_input("{}: quantization_config is no object", what);
+  auto check = [&](const char* key, const json& wanted, bool required) {
+    const auto value = found->find(key);
+    if (value == found->end() ? required : *value != wanted)
+      fail_input("{}: quantization_config has {} {}; of quantised folders only those with {} are read", what, key,
+                 value == found->end() ? "nothing" : value->dump(-1, ' ', true).substr(0, 60), wanted.dump());
+  };
+  check("quant_method", "fp8", true);
+  check("weight_block_size", {f8_block, f8_block}, true);
+  check("fmt", "e4m3", false);
+}
+
 }  // namespace
 
 struct Checkpoint::State {
@@ -56,6 +72,7 @@ struct Checkpoint::State {
   void adopt(const std::vector<ListedTensor>& listed, const MappedFile& file, const std::string& what);
   void take_apart(const std::vector<std::string>& parts, const Tensor& all, const std::string& stored, const MappedFile& file,
                   const std::string& what);
+  void join_scales();
   Tensor value_of(const ListedTensor& listed, const MappedFile& file, const std::string& what);
   void index_names();
   const MappedFile& map(const fs::path& file) { return *files.emplace_back(std::make_unique<MappedFile>(file)); }
@@ -74,6 +91,7 @@ void Checkpoint::State::open_folder() {
     fail_input("{} has no config.json; give the folder of a Hugging Face model or a .gguf file", path.string());
   config = read_json(path / "config.json");
   if (!config.is_object()) fail_input("{} holds no JSON object", (path / "config.json").string());
+  check_quantisation(config, (path / "config.json").string());
   const fs::path single = path / "model.safetensors", index = path / "model.safetensors.index.json";
   if (fs::exists(single)) {
     const MappedFile& file = map(single);
@@ -129,10 +147,13 @@ void Checkpoint::State::take_apart(const std::vector<std::string>& parts, const 
   if (all.rank != 3 || all.shape[0] > max_experts || all.shape[1] % n_parts != 0)
     fail_input("{}: the tensor {} is {}; experts' weights are [experts, rows, columns]", what, stored, describe(all));
   const int64_t rows = all.shape[1] / n_parts, cols = all.shape[2];
+  if (all.dtype == DType::f8 && n_parts > 1 && rows % f8_block != 0)
+    fail_input("{}: the parts of {} have {} rows, which blocks of {} rows with one scale do not divide", what, stored, rows, f8_block);
+  const std::string_view suffix = names_scales(format, stored) ? scales_suffix : "";
   auto* at = all.as<std::byte>();
   for (int64_t e = 0; e < all.shape[0]; ++e)
     for (const std::string& part : parts) {
-      tensors.push_back({fmt::format("{}.{}", part, e), view(at, all.dtype, {rows, cols}), &file});
+      tensors.push_back({fmt::format("{}.{}{}", part, e, suffix), view(at, all.dtype, {rows, cols}), &file});
       at += row_bytes(all.dtype, rows * cols);
     }
 }
@@ -161,6 +182,34 @@ Tensor Checkpoint::State::value_of(const ListedTensor& listed, const MappedFile&
   return t;
 }
 
+void Checkpoint::State::join_scales() {
+  std::map<std::string, Tensor> scales;  // by the name of what they scale
+  std::erase_if(tensors, [&](const StoredTensor& t) {
+    if (!t.name.ends_with(scales_suffix)) return false;
+    const std::string of = t.name.substr(0, t.name.size() - scales_suffix.size());
+    if (!scales.emplace(of, t.value).second) fail_input("{} holds the scales of {} twice", path.string(), of);
+    return true;
+  });
+  for (StoredTensor& t : tensors) {
+    const auto found = scales.find(t.name);
+    if (t.value.dtype != DType::f8) {
+      if (found != scales.end()) fail_input("{}: the tensor {} has scales, but is {}", path.string(), t.name, describe(t.value));
+      continue;
+    }
+    if (t.value.rank != 2) fail_input("{}: the tensor {} is {}; only matrices may be fp8", path.string(), t.name, describe(t.value));
+    if (found == scales.end())
+      fail_input("{}: the tensor {} is fp8, but has no scales ({})", path.string(), t.name,
+                 stored_name(format, t.name + std::string(scales_suffix)).value_or("weight_scale_inv"));
+    const Tensor wanted = view(nullptr, DType::f32, {f8_blocks(t.value.shape[0]), f8_blocks(t.value.shape[1])});
+    if (describe(found->second) != describe(wanted))
+      fail_input("{}: the scales of {}, {}, are {}; with one for each block of {} × {} they would be {}", path.string(), t.name,
+                 describe(t.value), describe(found->second), f8_block, f8_block, describe(wanted));
+    t.value.scales = found->second.f32();
+    scales.erase(found);
+  }
+  if (!scales.empty()) fail_input("{} holds scales of {}, but not the tensor", path.string(), scales.begin()->first);
+}
+
 void Checkpoint::State::index_names() {
   for (size_t i = 0; i < tensors.size(); ++i)
     if (!by_name.emplace(tensors[i].name, i).second) fail_input("{} holds the tensor {} twice", path.string(), tensors[i].name);
@@ -173,6 +222,7 @@ Checkpoint Checkpoint::open(const fs::path& path) {
   const fs::file_status status = fs::status(path, error);
   if (!fs::exists(status)) fail_input("{} does not exist; give the folder of a Hugging Face model or a .gguf file", path.string());
   fs::is_directory(status) ? state->open_folder() : state->open_gguf();
+  state->join_scales();
   state->index_names();
   return Checkpoint(std::move(state));
 }

@@ -32,7 +32,8 @@ class MappedFile {
   size_t size_ = 0;
 };
 
-// A tensor in the file: shape as we use it, [rows, cols] or [n, rows, cols], outermost first; data points into the mapping.
+// A tensor in the file: shape as we use it, [rows, cols] or [n, rows, cols], outermost first; data points into the mapping, and so do the
+// scales of fp8 weights, which are no tensors of their own.
 struct StoredTensor {
   std::string name;  // ours: "layers.3.attn.kv_a", with ".bias" for biases and no suffix for weights
   Tensor value;

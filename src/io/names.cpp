@@ -58,7 +58,8 @@ constexpr Fused fused[] = {
     {"model.layers.#.mlp.experts.down_proj", {"layers.#.ffn.experts.down", ""}},
 };
 
-constexpr std::string_view weight = ".weight", bias = ".bias";
+// fp8 weights have their scales beside them; "inv" since products are multiplied by them.
+constexpr std::string_view weight = ".weight", bias = ".bias", scales = "_scale_inv";
 
 struct Numbers {
   int value[2] = {};
@@ -102,29 +103,35 @@ constexpr std::string_view Row::*column(Format format) { return format == Format
 }  // namespace
 
 std::optional<std::string> our_name(Format format, std::string_view stored) {
-  const bool is_bias = take_suffix(stored, bias);
+  const bool is_scales = format == Format::hf && take_suffix(stored, scales), is_bias = !is_scales && take_suffix(stored, bias);
   if (!is_bias && !take_suffix(stored, weight)) return std::nullopt;
   for (const Row& row : table) {
     const std::string_view pattern = row.*column(format);
     if (pattern.empty()) continue;
-    if (const auto numbers = match(pattern, stored)) return fill(row.ours, *numbers).append(is_bias ? bias : "");
+    if (const auto numbers = match(pattern, stored))
+      return fill(row.ours, *numbers).append(is_bias ? bias : is_scales ? scales_suffix : "");
   }
   return std::nullopt;
 }
 
 std::optional<std::string> stored_name(Format format, std::string_view ours) {
-  const bool is_bias = take_suffix(ours, bias);
+  const bool is_scales = take_suffix(ours, scales_suffix), is_bias = take_suffix(ours, bias);
+  if (is_scales && format != Format::hf) return std::nullopt;
   for (const Row& row : table) {
     const std::string_view pattern = row.*column(format);
     if (pattern.empty()) continue;
-    if (const auto numbers = match(row.ours, ours)) return fill(pattern, *numbers).append(is_bias ? bias : weight);
+    if (const auto numbers = match(row.ours, ours))
+      return fill(pattern, *numbers).append(is_bias ? bias : weight).append(is_scales ? scales : "");
   }
   return std::nullopt;
 }
 
+bool names_scales(Format format, std::string_view stored) { return format == Format::hf && stored.ends_with(scales); }
+
 std::vector<std::string> fused_experts(Format format, std::string_view stored) {
   std::vector<std::string> parts;
   if (format != Format::hf) return parts;
+  take_suffix(stored, scales);
   for (const Fused& row : fused)
     if (const auto numbers = match(row.hf, stored))
       for (std::string_view part : row.parts)

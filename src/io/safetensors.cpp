@@ -22,10 +22,9 @@ struct Type {
 };
 
 constexpr Type types[] = {
-    {"F32", 4, DType::f32},    {"F16", 2, DType::f16},       {"BF16", 2, DType::bf16},     {"F64", 8, std::nullopt},
-    {"I64", 8, std::nullopt},  {"I32", 4, std::nullopt},     {"I16", 2, std::nullopt},     {"I8", 1, std::nullopt},
-    {"U64", 8, std::nullopt},  {"U32", 4, std::nullopt},     {"U16", 2, std::nullopt},     {"U8", 1, std::nullopt},
-    {"BOOL", 1, std::nullopt}, {"F8_E4M3", 1, std::nullopt}, {"F8_E5M2", 1, std::nullopt},
+    {"F32", 4, DType::f32},   {"F16", 2, DType::f16},   {"BF16", 2, DType::bf16},  {"F64", 8, std::nullopt},  {"I64", 8, std::nullopt},
+    {"I32", 4, std::nullopt}, {"I16", 2, std::nullopt}, {"I8", 1, std::nullopt},   {"U64", 8, std::nullopt},  {"U32", 4, std::nullopt},
+    {"U16", 2, std::nullopt}, {"U8", 1, std::nullopt},  {"BOOL", 1, std::nullopt}, {"F8_E4M3", 1, DType::f8}, {"F8_E5M2", 1, std::nullopt},
 };
 
 // A member of a tensor's entry: a whole number that is not negative.

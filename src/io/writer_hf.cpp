@@ -19,7 +19,8 @@ std::string_view safetensors_type(DType type) {
     case DType::f32: return "F32";
     case DType::f16: return "F16";
     case DType::bf16: return "BF16";
-    default: fail_input("HF folders hold f32, f16 or bf16, not {}", info(type).name);
+    case DType::f8: return "F8_E4M3";
+    default: fail_input("HF folders hold f32, f16, bf16 or fp8, not {}", info(type).name);
   }
 }
 

@@ -28,7 +28,7 @@ Matrix as_matrix(const StoredTensor& t, int64_t spare_columns) {
 
 std::vector<float> decoded(const StoredTensor& t) {
   std::vector<float> values(size_t(t.value.count()));
-  dequantise(t.value.dtype, t.value.data, values.data(), t.value.count());
+  dequantise(t.value, values.data());
   return values;
 }
 
@@ -97,11 +97,11 @@ GqaMatrices Original::matrices() const {
 
 std::vector<float> Original::embed(std::span<const int32_t> ids) const {
   const StoredTensor& t = checkpoint_.get("embed");
-  const int64_t D = config_.hidden_size, bytes = row_bytes(t.value.dtype, D);
+  const int64_t D = config_.hidden_size;
   std::vector<float> out(ids.size() * size_t(D));
   for (size_t i = 0; i < ids.size(); ++i) {
     if (ids[i] < 0 || ids[i] >= config_.vocab_size) fail_input("token id {} is outside the vocabulary of {}", ids[i], config_.vocab_size);
-    dequantise(t.value.dtype, t.value.as<std::byte>() + ids[i] * bytes, out.data() + int64_t(i) * D, D);
+    dequantise(row_of(t.value, ids[i]), out.data() + int64_t(i) * D);
   }
   return out;
 }

@@ -7,6 +7,7 @@
 #include "core/threads.h"
 #include "io/checkpoint.h"
 #include "io/json.h"
+#include "io/names.h"
 #include "io/writer.h"
 #include "model/make_plan.h"
 #include "model/make_source.h"
@@ -17,8 +18,10 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <fstream>
 #include <iterator>
+#include <memory>
 
 namespace mla {
 namespace {
@@ -72,8 +75,51 @@ Made summary(const std::vector<TensorPlan>& plans, std::vector<std::string> note
 }
 
 void check_hf_type(DType type) {
-  if (type != DType::f32 && type != DType::f16 && type != DType::bf16)
-    fail_input("an HF folder holds f32, f16 or bf16, not {}; name a .gguf file for quantised types", info(type).name);
+  if (type != DType::f32 && type != DType::f16 && type != DType::bf16 && type != DType::f8)
+    fail_input("an HF folder holds f32, f16, bf16 or fp8, not {}; name a .gguf file for quantised types", info(type).name);
+}
+
+json hf_config_of(const Config& config, DType type) {
+  json hf = to_hf_config(config);
+  hf["torch_dtype"] = type == DType::f32 ? "float32" : type == DType::f16 ? "float16" : "bfloat16";
+  if (type == DType::f8)
+    hf["quantization_config"] = {{"activation_scheme", "dynamic"},
+                                 {"fmt", "e4m3"},
+                                 {"quant_method", "fp8"},
+                                 {"weight_block_size", json::array({f8_block, f8_block})}};
+  return hf;
+}
+
+// Makes fp8 of a tensor's rows where the plan wants it. A block's scale is known when its last row is, so rows are made twice; a weight's
+// scales are written after it.
+OpenTensor with_scales(OpenTensor open, Threads& threads) {
+  return [open = std::move(open), &threads, last = std::make_shared<std::vector<float>>()](const TensorPlan& plan) -> EncodeRow {
+    const int64_t cols = plan.shape.back(), rows = rows_of(plan), blocks = f8_blocks(cols);
+    if (plan.name.ends_with(scales_suffix))
+      return [last, cols](int64_t row, float*, std::byte* to) { std::memcpy(to, last->data() + row * cols, size_t(cols) * 4); };
+    if (plan.dtype != DType::f8) return open(plan);
+    const EncodeRow values = open({plan.name, DType::f32, plan.shape});
+    auto read = [values, cols](int64_t row, float* scratch) {
+      std::vector<float> x(static_cast<size_t>(cols));
+      values(row, scratch, reinterpret_cast<std::byte*>(x.data()));
+      return x;
+    };
+    last->assign(size_t(f8_blocks(rows) * blocks), 0);
+    threads.parallel(f8_blocks(rows), [&](int64_t band, int) {
+      std::vector<float> scratch(static_cast<size_t>(cols));
+      float* scales = last->data() + band * blocks;
+      for (int64_t r = band * f8_block; r < std::min(rows, (band + 1) * f8_block); ++r) {
+        const std::vector<float> x = read(r, scratch.data());
+        for (int64_t i = 0; i < cols; ++i) scales[i / f8_block] = std::max(scales[i / f8_block], std::fabs(x[size_t(i)]));
+      }
+      std::transform(scales, scales + blocks, scales, f8_weight_scale);
+    });
+    return [read, last, cols, blocks](int64_t row, float* scratch, std::byte* to) {
+      const std::vector<float> x = read(row, scratch);
+      const float* scales = last->data() + row / f8_block * blocks;
+      for (int64_t i = 0; i < cols; ++i) to[i] = std::byte(f32_to_f8(x[size_t(i)] / scales[i / f8_block]));
+    };
+  };
 }
 
 // 65536 normal quantiles: two random bytes pick one, which is far cheaper than a logarithm and a cosine for each element.
@@ -129,10 +175,10 @@ EncodeRow fixed_row(std::vector<float> values, DType type) {
 
 EncodeRow checkpoint_row(TensorSource source, DType type, int64_t cols) {
   return [source = std::move(source), type, cols](int64_t row, float* scratch, std::byte* to) {
-    if (const StoredRow stored = source.row(row); stored.type == type) {
-      std::copy_n(stored.data, row_bytes(type, cols), to);
+    if (const Tensor stored = source.row(row); stored.dtype == type) {
+      std::copy_n(stored.as<std::byte>(), row_bytes(type, cols), to);
     } else {
-      dequantise(stored.type, stored.data, scratch, cols);
+      dequantise(stored, scratch);
       quantise(type, scratch, to, cols);
     }
   };
@@ -177,16 +223,14 @@ Made make_random(const Config& config, const fs::path& out, DType type, uint64_t
     note_what_llama_cpp_ignores(config, biases, notes);
     writer = write_gguf(out, metadata, plans);
   } else {
-    json hf = to_hf_config(config);
-    hf["torch_dtype"] = type == DType::f32 ? "float32" : type == DType::f16 ? "float16" : "bfloat16";
-    writer = write_hf(out, hf, plans, {});
+    writer = write_hf(out, hf_config_of(config, type), plans, {});
   }
   const NormalTable normal;
   auto open = [&](const TensorPlan& plan) {
     if (plan.name == "rope_freqs") return fixed_row(rope_divisors(config), plan.dtype);
     return random_row(plan, seed, normal);
   };
-  write_tensors(*writer, plans, open, threads, progress);
+  write_tensors(*writer, plans, with_scales(open, threads), threads, progress);
   return summary(plans, std::move(notes));
 }
 
@@ -238,10 +282,8 @@ Made export_hf(const Checkpoint& checkpoint, const fs::path& folder, DType type,
   const std::vector<TensorPlan> plans = plan_tensors(config, Format::hf, type, biases_of(checkpoint), notes);
   const std::vector<SideFile> files = text_files(checkpoint);
   if (checkpoint.format() == Format::gguf) notes.emplace_back("the GGUF's vocabulary is not exported; the folder runs on token ids");
-  json hf = to_hf_config(config);
-  hf["torch_dtype"] = type == DType::f32 ? "float32" : type == DType::f16 ? "float16" : "bfloat16";
-  const auto writer = write_hf(folder, hf, plans, files);
-  write_tensors(*writer, plans, from_checkpoint(checkpoint, config, config.is_mla()), threads, progress);
+  const auto writer = write_hf(folder, hf_config_of(config, type), plans, files);
+  write_tensors(*writer, plans, with_scales(from_checkpoint(checkpoint, config, config.is_mla()), threads), threads, progress);
   return summary(plans, std::move(notes));
 }
 
@@ -252,19 +294,18 @@ Made export_hf(const Checkpoint& checkpoint, const Replacement& instead, const f
   for (const auto& [name, values] : instead.tensors)
     if (name.ends_with(".bias")) biases.push_back(name);
   const std::vector<TensorPlan> plans = plan_tensors(instead.config, Format::hf, type, biases, notes);
-  json hf = to_hf_config(instead.config);
-  hf["torch_dtype"] = type == DType::f32 ? "float32" : type == DType::f16 ? "float16" : "bfloat16";
   const OpenTensor theirs = from_checkpoint(checkpoint, instead.config, instead.config.is_mla());
   const OpenTensor open = [&](const TensorPlan& plan) -> EncodeRow {
     const auto found = instead.tensors.find(plan.name);
     if (found == instead.tensors.end()) return theirs(plan);
     const int64_t cols = plan.shape.back();
+    const DType own = plan.dtype;
     CHECK(int64_t(found->second.size()) == rows_of(plan) * cols, "{} has {} values", plan.name, found->second.size());
     return
-        [&values = found->second, cols, type](int64_t row, float*, std::byte* to) { quantise(type, values.data() + row * cols, to, cols); };
+        [&values = found->second, cols, own](int64_t row, float*, std::byte* to) { quantise(own, values.data() + row * cols, to, cols); };
   };
-  const auto writer = write_hf(folder, hf, plans, instead.files);
-  write_tensors(*writer, plans, open, threads, progress);
+  const auto writer = write_hf(folder, hf_config_of(instead.config, type), plans, instead.files);
+  write_tensors(*writer, plans, with_scales(open, threads), threads, progress);
   return summary(plans, std::move(notes));
 }
 

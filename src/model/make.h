@@ -23,7 +23,7 @@ struct Made {
 // (Ctrl-C), nothing is left behind. `threads` does the encoding; the result does not depend on their number.
 
 // A random checkpoint: matrices normal with standard deviation 1/√columns, norms 1, a function of (seed, tensor, element) alone.
-// `out` ending in .gguf: a GGUF of that type with a stand-in byte vocabulary; else an HF folder, f32, f16 or bf16.
+// `out` ending in .gguf: a GGUF of that type with a stand-in byte vocabulary; else an HF folder, f32, f16, bf16 or fp8.
 Made make_random(const Config& config, const std::filesystem::path& out, DType type, uint64_t seed, Threads& threads,
                  const Progress& progress = {});
 
@@ -32,7 +32,8 @@ Made make_random(const Config& config, const std::filesystem::path& out, DType t
 Made quantize_model(const Checkpoint& checkpoint, const std::filesystem::path& out, DType type, Threads& threads,
                     const Progress& progress = {});
 
-// An HF folder of the model, f32, f16 or bf16. An HF source's tokenizer files go with it; a GGUF's vocabulary does not.
+// An HF folder of the model, f32, f16, bf16 or fp8 (the layers' matrices, with scales; the rest bf16). An HF source's tokenizer files go
+// with it; a GGUF's vocabulary does not.
 Made export_hf(const Checkpoint& checkpoint, const std::filesystem::path& folder, DType type, Threads& threads,
                const Progress& progress = {});
 

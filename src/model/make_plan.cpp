@@ -2,6 +2,7 @@
 #include "model/make_plan.h"
 
 #include "core/check.h"
+#include "io/names.h"
 
 #include <nlohmann/json.hpp>
 
@@ -17,7 +18,7 @@ class Planner {
 
   std::vector<TensorPlan> plan() {
     const Config& c = config_;
-    matrix("embed", {c.vocab_size, c.hidden_size}, c.tie_word_embeddings ? head_type() : wanted_);
+    matrix("embed", {c.vocab_size, c.hidden_size}, c.tie_word_embeddings ? head_type() : plain_type());
     for (int l = 0; l < c.num_hidden_layers; ++l) {
       prefix_ = fmt::format("layers.{}.", l);
       vector("attn_norm", c.hidden_size);
@@ -40,7 +41,9 @@ class Planner {
 
  private:
   // The product with the head decides the next token: it keeps more bits than the layers.
-  DType head_type() const { return is_quantised(wanted_) && wanted_ != DType::q8_0 ? DType::q6_k : wanted_; }
+  DType head_type() const { return is_quantised(wanted_) && wanted_ != DType::q8_0 ? DType::q6_k : plain_type(); }
+  // As DeepSeek does it, the layers' matrices are fp8 and all else is bf16.
+  DType plain_type() const { return wanted_ == DType::f8 ? DType::bf16 : wanted_; }
 
   DType fitting(const std::string& name, DType type, int64_t cols) {
     if (cols % info(type).block == 0) return type;
@@ -54,13 +57,15 @@ class Planner {
   void matrix(const std::string& name, std::vector<int64_t> shape, DType type) {
     const DType chosen = fitting(name, type, shape.back());
     const int64_t rows = shape[shape.size() - 2];
+    const std::vector<int64_t> blocks{f8_blocks(rows), f8_blocks(shape.back())};
     out_.push_back({prefix_ + name, chosen, std::move(shape)});
+    if (chosen == DType::f8) out_.push_back({prefix_ + name + std::string(scales_suffix), DType::f32, blocks});
     if (std::binary_search(biases_.begin(), biases_.end(), prefix_ + name + ".bias")) vector(name + ".bias", rows);
   }
   void matrix(const std::string& name, std::vector<int64_t> shape) { matrix(name, std::move(shape), wanted_); }
 
   // llama.cpp adds and multiplies with f32 vectors only.
-  void vector(const std::string& name, int64_t n) { out_.push_back({prefix_ + name, gguf_ ? DType::f32 : wanted_, {n}}); }
+  void vector(const std::string& name, int64_t n) { out_.push_back({prefix_ + name, gguf_ ? DType::f32 : plain_type(), {n}}); }
 
   void gqa() {
     const int64_t D = config_.hidden_size, q = int64_t(config_.num_attention_heads) * config_.head_dim;
@@ -103,7 +108,7 @@ class Planner {
   void moe() {
     const Config& c = config_;
     const int64_t D = c.hidden_size, E = c.n_routed_experts, width = c.moe_intermediate_size;
-    matrix("ffn.router", {E, D}, gguf_ ? DType::f32 : wanted_);
+    matrix("ffn.router", {E, D}, gguf_ ? DType::f32 : plain_type());
     if (gguf_) {
       matrix("ffn.experts.gate", {E, width, D});
       matrix("ffn.experts.up", {E, width, D});

@@ -12,7 +12,8 @@ namespace mla {
 
 // All tensors in the order of the file, under our names, with their type chosen for the `wanted` one. GGUF has stacks of experts and
 // kv_b split into k_b and v_b; HF has an expert a tensor and kv_b whole. `biases`: names of the biases the model has.
-// `notes` gets a sentence for each kind of tensor that could not have its type.
+// fp8: the layers' matrices, each followed by its scales; what is left is bf16. `notes` gets a sentence for each kind of tensor that could
+// not have its type.
 std::vector<TensorPlan> plan_tensors(const Config& config, Format format, DType wanted, const std::vector<std::string>& biases,
                                      std::vector<std::string>& notes);
 

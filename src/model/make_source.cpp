@@ -22,20 +22,17 @@ const StoredTensor& get(const Checkpoint& checkpoint, const std::string& name, c
   return t;
 }
 
-StoredRow row_of(const StoredTensor& t, int64_t row) {
-  const int64_t cols = t.value.shape[t.value.rank - 1];
-  return {t.value.as<std::byte>() + row * row_bytes(t.value.dtype, cols), t.value.dtype};
-}
+Tensor row_of(const StoredTensor& t, int64_t row) { return mla::row_of(t.value, row); }
 
 // Rows that had to be computed, shared by the copies of the source.
 TensorSource computed(std::vector<float> values, int64_t cols) {
   auto shared = std::make_shared<const std::vector<float>>(std::move(values));
-  return {[shared, cols](int64_t row) { return StoredRow{reinterpret_cast<const std::byte*>(shared->data() + row * cols), DType::f32}; }};
+  return {[shared, cols](int64_t row) { return view(const_cast<float*>(shared->data() + row * cols), DType::f32, {cols}); }};
 }
 
 std::vector<float> decoded(const StoredTensor& t) {
   std::vector<float> values(size_t(t.value.count()));
-  dequantise(t.value.dtype, t.value.data, values.data(), t.value.count());
+  dequantise(t.value, values.data());
   return values;
 }
 

@@ -5,19 +5,13 @@
 #include "io/writer.h"
 #include "model/config.h"
 
-#include <cstddef>
 #include <functional>
 #include <vector>
 
 namespace mla {
 
-struct StoredRow {
-  const std::byte* data;
-  DType type;
-};
-
 struct TensorSource {
-  std::function<StoredRow(int64_t row)> row;  // thread-safe
+  std::function<Tensor(int64_t row)> row;  // thread-safe
 };
 
 // The rows of `plan`: as they are, out of stacks or into stacks of experts, kv_b split or joined, q and k reordered. `pairs`: the file to

@@ -1,9 +1,12 @@
 // From a checkpoint's tensors to weights in the device's order, layer by layer, so that no second copy of the model ever exists.
 #include "core/check.h"
 #include "core/quant.h"
+#include "core/threads.h"
 #include "io/checkpoint.h"
 #include "model/model.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <utility>
 
@@ -55,7 +58,22 @@ class Loader {
 
   Weight matrix(const std::string& name, int64_t rows, int64_t cols) { return pack(get(name, {rows, cols})); }
 
+  // Kernels multiply codes as they are: what is no number must not get to them.
+  void check_f8(const StoredTensor& t) {
+    if (t.value.dtype != DType::f8) return;
+    const int64_t n = f8_blocks(t.value.shape[0]) * f8_blocks(t.value.shape[1]), cols = t.value.shape[1];
+    if (!std::all_of(t.value.scales, t.value.scales + n, [](float x) { return std::isfinite(x); }))
+      fail_input("the scales of tensor {} hold what is no number; the file is damaged", t.name);
+    device_.threads().parallel(t.value.shape[0], [&](int64_t row, int) {
+      const uint8_t* codes = t.value.as<uint8_t>() + row * cols;
+      int none = 0;
+      for (int64_t i = 0; i < cols; ++i) none |= (codes[i] & 0x7f) == 0x7f;
+      if (none) fail_input("row {} of tensor {} holds fp8 codes that are no numbers; the file is damaged", row, t.name);
+    });
+  }
+
   Weight pack(const StoredTensor& t) {
+    check_f8(t);
     Weight w = device_.pack(t.value);
     release(t);
     return w;
@@ -78,6 +96,7 @@ class Loader {
     std::vector<const StoredTensor*> stored;
     for (int e = 0; e < config_.n_routed_experts; ++e) {
       stored.push_back(&get(fmt::format("{}.{}", name, e), {rows, cols}));
+      check_f8(*stored.back());
       pieces.push_back(stored.back()->value);
       if (pieces.back().dtype != pieces.front().dtype)
         fail_input("expert {} of {} is {}, the first one {}; all must have one type", e, prefix_ + name, info(pieces.back().dtype).name,
@@ -146,8 +165,9 @@ class Loader {
   }
 
   // A file brings W_UK and W_UV either fused, as the expanded form reads them, or split, as the absorbed form does. The other form is
-  // derived: exactly from plain types; from quantised blocks, which a transposition tears apart, as q8_0.
+  // derived: exactly from plain types; from quantised blocks, which a transposition tears apart, as q8_0; from fp8 as bf16.
   static DType derived_type(DType stored, int64_t cols) {
+    if (stored == DType::f8) return DType::bf16;
     if (!is_quantised(stored)) return stored;
     return cols % info(DType::q8_0).block == 0 ? DType::q8_0 : DType::bf16;
   }
@@ -160,7 +180,7 @@ class Loader {
 
   static std::vector<float> decoded(const StoredTensor& t) {
     std::vector<float> values(size_t(t.value.count()));
-    dequantise(t.value.dtype, t.value.data, values.data(), t.value.count());
+    dequantise(t.value, values.data());
     return values;
   }
 
@@ -169,17 +189,19 @@ class Loader {
     const int64_t n_h = config_.num_attention_heads, d_h = config_.qk_nope_head_dim, d_v = config_.v_head_dim, d_c = config_.kv_lora_rank;
     const StoredTensor& t = get("attn.kv_b", {n_h * (d_h + d_v), d_c});
     const std::vector<float> kv_b = decoded(t);
-    std::vector<float> k_b(size_t(n_h * d_c * d_h));
+    std::vector<float> k_b(size_t(n_h * d_c * d_h)), v_b;
     std::vector<Tensor> v_heads;
-    const int64_t stride = row_bytes(t.value.dtype, d_c);
     for (int64_t h = 0; h < n_h; ++h) {
       const float* k = kv_b.data() + h * (d_h + d_v) * d_c;
       for (int64_t i = 0; i < d_h; ++i)
         for (int64_t j = 0; j < d_c; ++j) k_b[size_t((h * d_c + j) * d_h + i)] = k[i * d_c + j];
-      v_heads.push_back(view(t.value.as<std::byte>() + (h * (d_h + d_v) + d_h) * stride, t.value.dtype, {d_v, d_c}));
+      if (t.value.dtype == DType::f8)  // a head's values need not begin with a block
+        v_b.insert(v_b.end(), k + d_h * d_c, k + (d_h + d_v) * d_c);
+      else
+        v_heads.push_back(view(row_of(t.value, h * (d_h + d_v) + d_h).data, t.value.dtype, {d_v, d_c}));
     }
     w.k_b_absorbed = pack_derived(k_b, derived_type(t.value.dtype, d_h), n_h, d_c, d_h);
-    w.v_b = device_.pack(v_heads);
+    w.v_b = v_heads.empty() ? pack_derived(v_b, derived_type(t.value.dtype, d_c), n_h, d_v, d_c) : device_.pack(v_heads);
     w.kv_b = pack(t);
   }
 

@@ -86,6 +86,25 @@ TEST(Quant, round_trips_stay_within_half_a_step) {
   }
 }
 
+// A stack of two matrices with blocks that end early on both sides.
+TEST(Quant, fp8_weights_are_their_codes_times_the_scales_of_their_blocks) {
+  constexpr int64_t rows = 130, cols = 200, blocks = 4;
+  std::vector<uint8_t> codes(2 * rows * cols);
+  std::vector<float> scales(2 * blocks), y(codes.size(), std::numeric_limits<float>::quiet_NaN());
+  for (size_t i = 0; i < codes.size(); ++i) codes[i] = uint8_t(random_bits(1, i) % 255), codes[i] -= codes[i] == 0x7f;
+  for (size_t i = 0; i < scales.size(); ++i) scales[i] = float(i + 1) / 7;
+  Tensor t = view(codes.data(), DType::f8, {2, rows, cols});
+  EXPECT_THROW(dequantise(t, y.data()), Error);
+  t.scales = scales.data();
+  dequantise(t, y.data());
+  for (int64_t m = 0, at = 0; m < 2; ++m)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < cols; ++c, ++at)
+        ASSERT_EQ(y[size_t(at)], scales[size_t(m * blocks + r / 128 * 2 + c / 128)] * f8_to_f32(codes[size_t(at)])) << m << r << c;
+  dequantise(row_of(t, rows + 129), y.data());
+  EXPECT_EQ(y[130], scales[7] * f8_to_f32(codes[(rows + 129) * cols + 130]));
+}
+
 TEST(Quant, f32_is_kept_bit_for_bit) {
   const std::vector<float> x = normal(64, 2);
   EXPECT_EQ(round_trip(DType::f32, x), x);

@@ -21,7 +21,15 @@ struct Case {
   DType type;
   // Whether the device keeps the file's weights to the bit.
   bool keeps_weights() const {
+    if (type == DType::f8) return !machine.kernels;
     return machine.kernels || type == DType::f32 || type == DType::bf16 || type == DType::q8_0 || type == DType::q4_0;
+  }
+  // For chains of products: errors of many columns add up like a random walk, to about this share of the outputs' size.
+  double tolerance() const {
+    constexpr double f32 = 6e-5, bf16 = 5e-2, i8 = 0.15;
+    if (type == DType::f8) return bf16;  // weights or activations are
+    const ActKind kind = machine.activations(type);
+    return (kind == ActKind::f32 ? f32 : kind == ActKind::bf16 ? bf16 : i8) * (keeps_weights() ? 1 : 3);
   }
 };
 
@@ -30,7 +38,8 @@ void PrintTo(const Case& c, std::ostream* out) { *out << c.machine.name() << " "
 std::vector<Case> all_cases() {
   std::vector<Case> cases;
   for (const Machine& m : machines())
-    for (DType t : {DType::f32, DType::f16, DType::bf16, DType::q8_0, DType::q4_0, DType::q4_1, DType::q4_k, DType::q5_k, DType::q6_k})
+    for (DType t :
+         {DType::f32, DType::f16, DType::bf16, DType::f8, DType::q8_0, DType::q4_0, DType::q4_1, DType::q4_k, DType::q5_k, DType::q6_k})
       cases.push_back({m, t});
   return cases;
 }
@@ -39,6 +48,7 @@ std::string name_of(const testing::TestParamInfo<Case>& p) { return p.param.mach
 
 // Widths that the type allows, awkward ones first.
 std::vector<int64_t> widths(DType type) {
+  if (type == DType::f8) return {1, 40, 128, 344};
   if (!is_quantised(type)) return {1, 24, 40, 100};
   if (info(type).block == 32) return {32, 96, 320};
   return {256, 768};
@@ -61,28 +71,33 @@ double rounding_bound(ActKind kind, bool keeps_weights, const ref::Row& w, const
   return bound;
 }
 
-// For chains of products: errors of many columns add up like a random walk, to about this share of the outputs' size.
-double tolerance(ActKind kind) {
-  switch (kind) {
-    case ActKind::f32: return 6e-5;
-    case ActKind::bf16: return 5e-2;
-    default: return 0.15;
-  }
-}
-
 struct Fixture {
-  Fixture(DType type, int64_t count, int64_t rows, int64_t cols, uint64_t seed)
-      : type(type), count(count), rows(rows), cols(cols), bytes(ref::random_blocks(type, count * rows * cols, seed)) {}
+  Fixture(DType type, int64_t count, int64_t rows, int64_t cols, uint64_t seed) : type(type), count(count), rows(rows), cols(cols) {
+    if (type != DType::f8) {
+      bytes = ref::random_blocks(type, count * rows * cols, seed);
+      return;
+    }
+    for (const float x : ref::random_floats(count * rows * cols, seed))  // a seventh of them are small, down to zeros
+      bytes.push_back(std::byte(f32_to_f8(x * (bytes.size() % 7 ? 100 : 0.005f))));
+    for (int64_t i = 0; i < count * f8_blocks(rows) * f8_blocks(cols); ++i)
+      scales.push_back(0.004f + 0.002f * float(random_uniform(seed + 1, uint64_t(i))));
+  }
 
-  Tensor tensor() { return view(bytes.data(), type, {count, rows, cols}); }
-  ref::Matrix matrix(int64_t m) const {
-    const auto size = long(row_bytes(type, rows * cols));
-    return ref::dequantised(type, std::vector(bytes.begin() + m * size, bytes.begin() + (m + 1) * size), rows, cols);
+  Tensor tensor() {
+    Tensor t = view(bytes.data(), type, {count, rows, cols});
+    if (!scales.empty()) t.scales = scales.data();
+    return t;
+  }
+  ref::Matrix matrix(int64_t m) {
+    std::vector<float> values(size_t(count * rows * cols));
+    dequantise(tensor(), values.data());
+    return ref::to_double(values.data() + m * rows * cols, rows, cols, cols);
   }
 
   DType type;
   int64_t count, rows, cols;
   std::vector<std::byte> bytes;
+  std::vector<float> scales;
 };
 
 class LinearTest : public testing::TestWithParam<Case> {};
@@ -91,7 +106,7 @@ TEST_P(LinearTest, agrees_with_double) {
   const auto device = GetParam().machine.open(2);
   const ActKind kind = GetParam().machine.activations(GetParam().type);
   for (int64_t cols : widths(GetParam().type))
-    for (int64_t rows : {1, 17, 48}) {
+    for (int64_t rows : {1, 17, GetParam().type == DType::f8 ? 150 : 48}) {
       Fixture f(GetParam().type, 1, rows, cols, uint64_t(cols + rows));
       const Weight w = device->pack(f.tensor());
       const ref::Matrix matrix = f.matrix(0);
@@ -243,8 +258,7 @@ TEST_P(LinearTest, heads_have_their_own_matrices) {
     const ref::Row one = ref::product(f.matrix(i % heads), inputs[size_t(i)]);
     reference.insert(reference.end(), one.begin(), one.end());
   }
-  EXPECT_LT(ref::relative_error(y.data(), reference),
-            tolerance(GetParam().machine.activations(GetParam().type)) * (GetParam().keeps_weights() ? 1 : 3));
+  EXPECT_LT(ref::relative_error(y.data(), reference), GetParam().tolerance());
 }
 
 TEST_P(LinearTest, embeds_rows_exactly) {
@@ -272,9 +286,11 @@ TEST_P(LinearTest, feeds_forward) {
   const DType type = GetParam().type;
   const int64_t d = info(type).block == 256 ? 256
                     : is_quantised(type)    ? 96
+                    : type == DType::f8     ? 200
                                             : 40,
                 width = info(type).block == 256 ? 512
                         : is_quantised(type)    ? 160
+                        : type == DType::f8     ? 184
                                                 : 56;
   const int64_t experts = 5, k = 2, n = 23;
   Fixture gate(type, experts, width, d, 41), up(type, experts, width, d, 42), down(type, experts, d, width, 43);
@@ -303,9 +319,7 @@ TEST_P(LinearTest, feeds_forward) {
         const ref::Row one = ref::ffn(gate.matrix(e), up.matrix(e), down.matrix(e), inputs[size_t(i)]);
         for (int64_t c = 0; c < d; ++c) reference[size_t(i * d + c)] += one[size_t(c)] * (routed ? double(weight[size_t(i * k + j)]) : 1);
       }
-    EXPECT_LT(ref::relative_error(y.data(), reference),
-              tolerance(GetParam().machine.activations(type)) * (GetParam().keeps_weights() ? 1 : 3))
-        << (routed ? "routed" : "dense");
+    EXPECT_LT(ref::relative_error(y.data(), reference), GetParam().tolerance()) << (routed ? "routed" : "dense");
   }
 }
 
@@ -320,8 +334,7 @@ TEST_P(LinearTest, more_rows_than_a_grid_is_high) {
   device->linear(view(x.data(), DType::f32, {n, cols}), w, {}, view(y.data(), DType::f32, {n, rows}));
   const ref::Matrix matrix = f.matrix(0);
   const ref::Row first = ref::to_double(x.data(), n, cols, cols)[0];
-  EXPECT_LT(ref::relative_error(y.data(), ref::product(matrix, first)),
-            tolerance(GetParam().machine.activations(GetParam().type)) * (GetParam().keeps_weights() ? 1 : 3));
+  EXPECT_LT(ref::relative_error(y.data(), ref::product(matrix, first)), GetParam().tolerance());
   for (const float v : y) ASSERT_FALSE(std::isnan(v));
 }
 
@@ -329,7 +342,7 @@ TEST_P(LinearTest, keeps_the_size_of_the_file) {
   if (!GetParam().machine.kernels) GTEST_SKIP() << "a GPU pads";
   const auto device = GetParam().machine.open(1);
   Fixture f(GetParam().type, 1, 32, 512, 51);
-  EXPECT_EQ(device->pack(f.tensor()).bytes(), int64_t(f.bytes.size()));
+  EXPECT_EQ(device->pack(f.tensor()).bytes(), int64_t(f.bytes.size()) * (f.type == DType::f8 ? 2 : 1));
 }
 
 INSTANTIATE_TEST_SUITE_P(every, LinearTest, testing::ValuesIn(all_cases()), name_of);

@@ -97,6 +97,64 @@ TEST(Checkpoint, fused_experts_become_one_tensor_each) {
   EXPECT_EQ(model.get("layers.1.ffn.experts.down.1").value.as<uint16_t>()[0], 70);
 }
 
+// Tensors of codes and of scales, as DeepSeek's folders have them; entries are names, types and shapes.
+std::string fp8_file(const std::vector<std::tuple<std::string, std::string, std::vector<int64_t>>>& tensors) {
+  json header;
+  std::string data;
+  for (const auto& [name, type, shape] : tensors) {
+    const size_t begin = data.size();
+    int64_t count = 1;
+    for (int64_t n : shape) count *= n;
+    for (int64_t i = 0; i < count; ++i) data += type == "F32" ? raw(float(i)) : std::string(1, char(i % 100));
+    header[name] = {{"dtype", type}, {"shape", shape}, {"data_offsets", {begin, data.size()}}};
+  }
+  return safetensors(header.dump(), data);
+}
+constexpr const char* fp8_config = R"({"quantization_config":{"quant_method":"fp8","fmt":"e4m3","weight_block_size":[128,128]}})";
+
+TEST(Checkpoint, fp8_weights_have_their_scales) {
+  const std::string q = "model.layers.0.self_attn.q_proj.weight", experts = "model.layers.0.mlp.experts.";
+  Folder folder;
+  folder.write("config.json", fp8_config);
+  folder.write("model.safetensors", fp8_file({{q, "F8_E4M3", {130, 3}},
+                                              {q + "_scale_inv", "F32", {2, 1}},
+                                              {experts + "gate_up_proj", "F8_E4M3", {2, 256, 4}},
+                                              {experts + "gate_up_proj_scale_inv", "F32", {2, 2, 1}},
+                                              {experts + "down_proj", "F8_E4M3", {2, 4, 128}},
+                                              {experts + "down_proj_scale_inv", "F32", {2, 1, 1}}}));
+  const Checkpoint model = Checkpoint::open(folder.path());
+  EXPECT_EQ(model.tensors().size(), 7u);
+  EXPECT_EQ(describe(model.get("layers.0.attn.q").value), "fp8 [130, 3]");
+  EXPECT_EQ(model.get("layers.0.attn.q").value.scales[1], 1.0f);
+  EXPECT_EQ(model.get("layers.0.ffn.experts.up.1").value.scales[0], 3.0f);
+  EXPECT_EQ(model.get("layers.0.ffn.experts.down.1").value.scales[0], 1.0f);
+}
+
+TEST(Checkpoint, fp8_weights_that_lie) {
+  const std::string q = "model.layers.0.self_attn.q_proj.weight", s = q + "_scale_inv", fused = "model.layers.0.mlp.experts.gate_up_proj";
+  Folder folder;
+  auto refused = [&](const decltype(std::vector{std::tuple{q, q, std::vector<int64_t>{}}}) & tensors, std::string_view part) {
+    folder.write("model.safetensors", fp8_file(tensors));
+    expect_refused([&] { Checkpoint::open(folder.path()); }, part);
+  };
+  folder.write("config.json", fp8_config);
+  refused({{q, "F8_E4M3", {130, 3}}}, "has no scales (" + s);
+  refused({{q, "F8_E4M3", {130, 3}}, {s, "F32", {1, 1}}}, "they would be f32 [2, 1]");
+  refused({{q, "F8_E4M3", {130, 3}}, {s, "F32", {2}}}, "they would be f32 [2, 1]");
+  refused({{q, "F8_E4M3", {130, 3}}, {s, "F8_E4M3", {2, 1}}}, "they would be f32 [2, 1]");
+  refused({{q, "F32", {2, 3}}, {s, "F32", {1, 1}}}, "has scales, but is f32 [2, 3]");
+  refused({{s, "F32", {1, 1}}}, "but not the tensor");
+  refused({{"model.norm.weight", "F8_E4M3", {4}}}, "only matrices may be fp8");
+  refused({{fused, "F8_E4M3", {2, 448, 4}}, {fused + "_scale_inv", "F32", {2, 4, 1}}}, "have 224 rows");
+  for (const auto& [config, part] : {std::pair(R"({"quant_method":"fp8","weight_block_size":[64,128]})", "weight_block_size [64,128]"),
+                                     std::pair(R"({"quant_method":"fp8"})", "weight_block_size nothing"),
+                                     std::pair(R"({"quant_method":"fp8","weight_block_size":[128,128],"fmt":"e5m2"})", "fmt \"e5m2\""),
+                                     std::pair(R"({"quant_method":"gptq"})", "quant_method \"gptq\""), std::pair(R"([])", "no object")}) {
+    folder.write("config.json", std::string(R"({"quantization_config":)") + config + "}");
+    refused({{q, "F32", {2, 3}}}, part);
+  }
+}
+
 TEST(Checkpoint, tensors_at_odd_addresses_are_copied_to_even_ones) {
   Folder folder;
   folder.write("config.json", "{}");

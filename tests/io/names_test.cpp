@@ -27,6 +27,7 @@ constexpr Known known[] = {
     {"layers.12.attn.kv_a.bias", "model.layers.12.self_attn.kv_a_proj_with_mqa.bias", "blk.12.attn_kv_a_mqa.bias"},
     {"layers.12.attn.kv_a_norm", "model.layers.12.self_attn.kv_a_layernorm.weight", "blk.12.attn_kv_a_norm.weight"},
     {"layers.12.attn.kv_b", "model.layers.12.self_attn.kv_b_proj.weight", "blk.12.attn_kv_b.weight"},
+    {"layers.12.attn.kv_b.scales", "model.layers.12.self_attn.kv_b_proj.weight_scale_inv", nullptr},
     {"layers.12.attn.k_b", nullptr, "blk.12.attn_k_b.weight"},
     {"layers.12.attn.v_b", nullptr, "blk.12.attn_v_b.weight"},
     {"layers.7.ffn.gate", "model.layers.7.mlp.gate_proj.weight", "blk.7.ffn_gate.weight"},

@@ -66,10 +66,15 @@ TEST_P(Gpu, GreedyContinuation) {
 TEST_P(Gpu, QuantisedWeightsAreThoseOfTheCpu) {
   const Golden golden = read_golden(GetParam()).first(100);
   if (GetParam() == "mistral") GTEST_SKIP() << "GGUF files of the llama architecture carry no sliding window";
-  for (const DType type : {DType::q8_0, DType::q4_0}) {
+  for (const DType type : {DType::q8_0, DType::q4_0, DType::f8}) {
     const Scratch scratch;
-    quantize_model(Checkpoint::open(golden.folder), scratch / "model.gguf", type, cpu().threads());
-    Model here = load(scratch / "model.gguf"), there = load(scratch / "model.gguf", *gpu());
+    const auto file = scratch / (type == DType::f8 ? "model" : "model.gguf");
+    const Checkpoint checkpoint = Checkpoint::open(golden.folder);
+    if (type == DType::f8)
+      export_hf(checkpoint, file, type, cpu().threads());
+    else
+      quantize_model(checkpoint, file, type, cpu().threads());
+    Model here = load(file), there = load(file, *gpu());
     for (const size_t chunk : {1, 100}) {
       const Difference d = difference(run(there, golden, {.chunk = chunk}), run(here, golden, {.chunk = chunk}));
       EXPECT_LE(d.median, 2e-2) << info(type).name << ", chunks of " << chunk;
