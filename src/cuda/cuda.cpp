@@ -38,7 +38,13 @@ cudaStream_t new_stream() {
 }  // namespace
 
 CudaDevice::CudaDevice(int index)
-    : properties_(open(index)), stream_(new_stream()), memory_(stream_), scratch_(memory_), inputs_(stream_), graphs_(stream_) {
+    : properties_(open(index)),
+      stream_(new_stream()),
+      memory_(stream_),
+      scratch_(memory_),
+      staging_(stream_, threads_),
+      inputs_(stream_),
+      graphs_(stream_) {
   check(cudaEventCreateWithFlags(&choice_.made, cudaEventDisableTiming));
   step_tokens = 4096, tile_bytes = int64_t(1) << 30;
 }

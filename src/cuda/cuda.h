@@ -4,6 +4,7 @@
 #include "core/threads.h"
 #include "cuda/decode.h"
 #include "cuda/memory.h"
+#include "cuda/staging.h"
 #include "cuda/step.h"
 #include "device/device.h"
 
@@ -79,7 +80,8 @@ class CudaDevice final : public Device {
   Threads threads_;
   cudaStream_t stream_ = nullptr;
   GpuMemory memory_;
-  Arena scratch_;  // of the operation that runs
+  Arena scratch_;    // of the operation that runs
+  Staging staging_;  // of weights
   StagedInputs inputs_;
   StepGraphs graphs_;
   const void* fresh_choice_ = nullptr;  // of the last routing, until another product has been launched

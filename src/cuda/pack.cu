@@ -158,8 +158,6 @@ DType held_type(DType type) {
   }
 }
 
-constexpr size_t most_upload_bytes = size_t(64) << 20;  // at a time, to bound the memory that is not for good
-
 }  // namespace
 
 void decode_to_bf16(const PackedMatrix& from, int64_t count, std::byte* to, cudaStream_t stream) {
@@ -189,7 +187,7 @@ Weight CudaDevice::pack(std::span<const Tensor> pieces) {
   to.data = w.data = w.owner->data();
 
   const int64_t row = row_bytes(first.dtype, w.cols);
-  const int64_t rows_at_once = std::min(std::max<int64_t>(int64_t(most_upload_bytes) / row / 16 * 16, 16), w.rows);
+  const int64_t rows_at_once = std::min(std::max<int64_t>(int64_t(Staging::turn_bytes) / row / 16 * 16, 16), w.rows);
   int64_t matrix = 0;
   for (const Tensor& t : pieces)
     for (int64_t m = 0; m < (t.rank == 3 ? t.shape[0] : 1); ++m, ++matrix) {
@@ -203,7 +201,7 @@ Weight CudaDevice::pack(std::span<const Tensor> pieces) {
         const auto* data = static_cast<const std::byte*>(t.data) + (t.rank == 3 ? row_bytes(t.dtype, t.stride[0]) * m : 0) + from * pitch;
         ArenaScope scope(scratch_);
         auto* staged = static_cast<std::byte*>(scratch_.bytes(size_t(n * row)));
-        check(cudaMemcpy2DAsync(staged, size_t(row), data, size_t(pitch), size_t(row), size_t(n), cudaMemcpyHostToDevice, stream_));
+        staging_.upload(data, pitch, row, n, staged);
         PackedMatrix part = to;
         part.data += matrix * to.matrix_bytes;
         const int64_t packed_rows = from + n == w.rows ? to.padded_rows() - from : n;
