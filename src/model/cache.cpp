@@ -35,9 +35,16 @@ int32_t PagePool::references(int32_t page) const {
 }
 
 namespace {
-int32_t pages_for(int64_t tokens) {
+double page_bytes(int layers, const KvFormat& format) { return double(layers) * LatentCache::page_tokens * double(format.row_bytes()); }
+
+int32_t pages_for(int64_t tokens, double page_bytes, const Memory& memory) {
   const int64_t pages = (tokens + LatentCache::page_tokens - 1) / LatentCache::page_tokens;
   if (tokens < 1 || pages > INT32_MAX) fail_input("a cache of {} tokens is not possible", tokens);
+  // A host may have more than is free; a device has not.
+  const double bytes = double(pages) * page_bytes, free = memory.free_bytes();
+  if (memory.place() != Place::host && bytes > free)
+    fail_input("a cache of {} tokens takes {:.4g} GB, and the device has {:.4g} GB free; {} tokens would fit", tokens, 1e-9 * bytes,
+               1e-9 * free, int64_t(free / page_bytes) * LatentCache::page_tokens);
   return int32_t(pages);
 }
 }  // namespace
@@ -45,9 +52,9 @@ int32_t pages_for(int64_t tokens) {
 LatentCache::LatentCache(int layers, KvFormat format, int64_t tokens, Memory& memory)
     : layers_(layers),
       format_(format),
-      pool_(pages_for(tokens)),
+      pool_(pages_for(tokens, page_bytes(layers, format), memory)),
       source_(&memory),
-      memory_(size_t(layers) * size_t(pool_.size()) * page_tokens * size_t(format.row_bytes()), memory) {}
+      memory_(size_t(pool_.size()) * size_t(page_bytes(layers, format)), memory) {}
 
 const LatentCache::Sequence& LatentCache::at(int sequence) const {
   CHECK(sequence >= 0 && size_t(sequence) < sequences_.size() && sequences_[size_t(sequence)].open, "no sequence {}", sequence);

@@ -230,9 +230,26 @@ class Loader {
   Weights out_;
 };
 
+// Says before anything is read that a device has no room; a type that takes more there than in the file is found out on the way.
+void check_room(const Checkpoint& checkpoint, Device& device) {
+  if (device.memory().place() == Place::host) return;
+  double bytes = 0, elements = 0;
+  for (const StoredTensor& t : checkpoint.tensors())
+    bytes += double(row_bytes(t.value.dtype, t.value.count())), elements += double(t.value.count());
+  const double free = device.memory().free_bytes();
+  if (bytes <= free) return;
+  auto as = [&](DType type) { return elements * info(type).block_bytes / info(type).block; };
+  std::string fits = "not even q4_0 would fit";
+  for (const DType type : {DType::q4_0, DType::q8_0})
+    if (as(type) <= free) fits = fmt::format("as {} they would take {:.1f} GB", info(type).name, 1e-9 * as(type));
+  fail_input("the weights of {} take {:.1f} GB, and {:.1f} GB are free on {}; {}", checkpoint.path().string(), 1e-9 * bytes, 1e-9 * free,
+             device.describe(), fits);
+}
+
 }  // namespace
 
 Weights load_weights(const Checkpoint& checkpoint, const Config& config, Device& device, const Progress& progress) {
+  check_room(checkpoint, device);
   return Loader(checkpoint, config, device, progress).load();
 }
 

@@ -15,6 +15,32 @@ float* row(const LatentCache& cache, int layer, int sequence, int64_t position) 
   return reinterpret_cast<float*>(cache.layer(layer).row(int32_t(slot / LatentCache::page_tokens), slot % LatentCache::page_tokens));
 }
 
+// A device that has a megabyte.
+class SmallDevice final : public Memory {
+ public:
+  Place place() const override { return Place::device; }
+  std::byte* take(size_t bytes) override { return host_memory().take(bytes); }
+  void give_back(std::byte* data, size_t bytes) noexcept override { host_memory().give_back(data, bytes); }
+  void upload(const void*, void*, size_t) override {}
+  void download(const void*, void*, size_t) override {}
+  void copy(const void*, void*, size_t) override {}
+  void wait() override {}
+  double free_bytes() const override { return 1e6; }
+};
+
+TEST(LatentCache, ADeviceSaysWhatWouldFit) {
+  SmallDevice memory;
+  const KvFormat format{KvLayout::mla(512, 64), DType::bf16};  // 4 layers of 1152 bytes a token
+  try {
+    LatentCache(4, format, int64_t(1) << 36, memory);
+    FAIL() << "316 TB were promised";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::input);
+    EXPECT_STREQ(e.what(), "a cache of 68719476736 tokens takes 3.167e+05 GB, and the device has 0.001 GB free; 192 tokens would fit");
+  }
+  EXPECT_EQ(LatentCache(4, format, 192, memory).free_tokens(), 192);
+}
+
 TEST(PagePool, CountsReferences) {
   PagePool pool(2);
   const int32_t a = pool.take(), b = pool.take();

@@ -198,6 +198,26 @@ TEST(GpuDevice, GeneratesWhatTheCpuGenerates) {
   EXPECT_EQ(written(*gpu()), written(cpu()));
 }
 
+TEST(GpuDevice, WeightsThatDoNotFitSayWhatWould) {
+  if (!gpu()) GTEST_SKIP() << "no GPU here";
+  std::vector<Buffer> taken;
+  for (size_t bytes = size_t(1) << 40; bytes >= size_t(2) << 20; bytes /= 2) try {
+      for (;;) taken.emplace_back(bytes, gpu()->memory());
+    } catch (const Error&) {}
+  Config config = read_config_file(read_golden("dsv2-q-group").folder);
+  config.intermediate_size = 65536;
+  const Scratch scratch;
+  make_random(config, scratch / "model", DType::f32, 1, cpu().threads());
+  if (gpu()->memory().free_bytes() > 2e6) GTEST_SKIP() << "others give memory back";
+  try {
+    load(scratch / "model", *gpu());
+    FAIL() << "there was no room";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::input);
+    EXPECT_NE(std::string(e.what()).find("not even q4_0 would fit"), std::string::npos) << e.what();
+  }
+}
+
 TEST(GpuDevice, OutOfMemorySaysWhatIsFree) {
   if (!gpu()) GTEST_SKIP() << "no GPU here";
   try {
