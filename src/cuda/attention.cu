@@ -152,7 +152,7 @@ void CudaDevice::attend(Tensor q, const Kv& kv, Spans spans, Mask mask, float sc
   }
   // A step that repeats comes back with longer contexts.
   for (const Span& s : spans) c.most_seen = std::max(c.most_seen, key_ ? most_context : s.kv_count);
-  if (!attend_tiles_takes(c)) return attend_portable(c, stream_);
+  if (!hopper() || !attend_tiles_takes(c)) return attend_portable(c, stream_);
   const size_t bytes = attend_tiles_scratch_bytes(c);
   attend_tiles(c, bytes > 0 ? scratch_.bytes(bytes) : nullptr, stream_);
 }

@@ -2,6 +2,7 @@
 #include "cuda/cuda.h"
 
 #include "core/check.h"
+#include "cuda/hopper.h"
 #include "cuda/probe.h"
 
 #include <algorithm>
@@ -22,10 +23,10 @@ cudaDeviceProp open(int index) {
     fail_input("--device cuda:{} is not there; this machine has {} GPU{}, counted from 0", index, count, count == 1 ? "" : "s");
   cudaDeviceProp p{};
   check(cudaGetDeviceProperties(&p, index));
-  if (p.major != 9 || p.minor != 0)
-    fail_input("--device cuda:{} is {}, compute capability {}.{}; the kernels are compiled for Hopper (9.0)", index, p.name, p.major,
-               p.minor);
+  if (p.major < 8)
+    fail_input("--device cuda:{} is {}, compute capability {}.{}; 8.0 (Ampere) or newer is needed", index, p.name, p.major, p.minor);
   check(cudaSetDevice(index));
+  hopper();
   return p;
 }
 
@@ -57,7 +58,7 @@ CudaDevice::~CudaDevice() {
 }
 
 std::string CudaDevice::describe() const {
-  return fmt::format("{}, {:.0f} GB", properties_.name, 1e-9 * double(properties_.totalGlobalMem));
+  return fmt::format("{}, {:.0f} GB{}", properties_.name, 1e-9 * double(properties_.totalGlobalMem), hopper() ? "" : ", portable kernels");
 }
 
 Ceilings CudaDevice::probe(double seconds) {

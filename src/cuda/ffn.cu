@@ -79,6 +79,7 @@ __global__ void combine_kernel(const Y* y, const int32_t* place, const float* we
 // How runs are cut for the kernels that will multiply (Product::tile).
 int run_tile(DType type, int64_t n, int64_t places, int64_t experts) {
   const int64_t average = places / experts;
+  if (!hopper()) return 0;
   if (type == DType::bf16) return n <= few_rows ? 0 : average <= 16 ? 32 : average <= 48 ? 64 : 128;
   return type == DType::f32 || average <= 32 ? 0 : 128;
 }

@@ -184,7 +184,7 @@ void CudaDevice::route(Tensor logits, const RouterConfig& c, Routing out) {
 void CudaDevice::gate(Tensor x, Tensor norm, float eps, Tensor h, const Weight& router, const RouterConfig& c, Tensor scores, Routing out) {
   const int64_t n = x.shape[0], d = x.shape[1];
   const size_t shared = (size_t(round_up(d, 4)) + size_t(c.experts) + size_t(ceil_div(c.experts, blocks)) + 8) * 4;
-  if (n > few_rows || router.dtype != DType::f32 || shared > size_t(200) << 10)
+  if (!hopper() || n > few_rows || router.dtype != DType::f32 || shared > most_shared_bytes())
     return Device::gate(x, norm, eps, h, router, c, scores, out);
   require(x.rank == 2 && h.rank == 2 && h.shape[0] == n && h.shape[1] == d && norm.count() == d && x.stride[1] == 1 && h.stride[1] == 1,
           "a gate", x, h);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/error.h"
+#include "cuda/hopper.h"
 #include "cuda/ptx.cuh"
 #include "cuda/sizes.h"
 
@@ -10,7 +11,7 @@
 
 namespace mla::cuda {
 
-// Blocks whose x numbers are neighbours, `cluster` at a time, run together and reach each other's shared memory.
+// Blocks whose x numbers are neighbours, `cluster` at a time, run together and reach each other's shared memory; on Hopper alone.
 template <class... P, class... A>
 void launch_clusters(int cluster, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, A&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
@@ -23,7 +24,7 @@ void launch_clusters(int cluster, void (*kernel)(P...), dim3 grid, dim3 block, s
   attributes[1].val.clusterDim.x = unsigned(cluster), attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-  config.attrs = attributes, config.numAttrs = cluster > 1 ? 2 : 1;
+  config.attrs = attributes, config.numAttrs = !hopper() ? 0 : cluster > 1 ? 2 : 1;
   check(cudaLaunchKernelEx(&config, kernel, P(std::forward<A>(arguments))...));
 }
 

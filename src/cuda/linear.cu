@@ -1,5 +1,6 @@
 // Linear projections: which kernel multiplies, and what it needs made ready.
 #include "cuda/cuda.h"
+#include "cuda/hopper.h"
 #include "cuda/linear.h"
 
 #include <algorithm>
@@ -28,7 +29,7 @@ void multiply(const Product& whole, Arena& scratch, int processors, cudaStream_t
   const DType type = whole.part[0].w.type;
   if (type == DType::f32) return product_f32(whole, stream);
   const bool few = whole.runs ? whole.tile <= few_rows : whole.most <= (type == DType::bf16 ? few_rows : few_quantised_rows);
-  if (few) return product_gemv(whole, stream);
+  if (few || !hopper()) return product_gemv(whole, stream);
   ArenaScope scope(scratch);
   const int cols = whole.part[0].w.cols, pitch = packed(DType::bf16, 1, cols).pitch;
   const int heads = whole.runs ? 1 : whole.matrices;

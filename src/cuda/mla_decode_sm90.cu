@@ -3,6 +3,8 @@
 #include "cuda/decode.h"
 #include "cuda/decode_kernel.cuh"
 #include "cuda/decode_narrow.cuh"
+#include "cuda/error.h"
+#include "cuda/hopper.h"
 #include "cuda/launch.cuh"
 #include "cuda/tensor_map.h"
 
@@ -61,7 +63,7 @@ const Instance* find(const Kv& kv) {
 
 }  // namespace
 
-bool decode_sm90_takes(const Kv& kv) { return find(kv) != nullptr; }
+bool decode_sm90_takes(const Kv& kv) { return hopper() && find(kv); }
 
 void decode_sm90(const DecodeCall& call, cudaStream_t stream) {
   const Instance* instance = find(call.kv);

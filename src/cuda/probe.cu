@@ -1,4 +1,5 @@
 // The mean of several passes over memory, and of several large products.
+#include "cuda/hopper.h"
 #include "cuda/memory.h"
 #include "cuda/probe.h"
 #include "cuda/product.h"
@@ -78,7 +79,9 @@ double probe_bf16(cudaStream_t stream, double seconds) {
   p.part[0].w.data = w.data();
   p.parts = 1, p.matrices = 1, p.n = p.most = n;
   p.x = {x.data(), true, n, 0, nullptr};
-  const double one = mean_seconds(stream, seconds, [&] { product_gemm(p, {x.data(), n, n, 256}, stream); });
+  const double one = mean_seconds(stream, seconds, [&] {
+    hopper() ? product_gemm(p, {x.data(), n, n, 256}, stream) : product_gemv(p, stream);
+  });
   return 2.0 * double(n) * double(n) * double(n) / one * 1e-9;
 }
 

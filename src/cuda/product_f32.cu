@@ -188,7 +188,7 @@ void product_f32(const Product& p, cudaStream_t stream) {
     }
     // Clusters are of one size for any number of rows, so that sums run in one order.
     int splits = 1;
-    while (splits < most_splits && p.part[i].w.cols >= splits * 2 * step_columns) splits *= 2;
+    while (hopper() && splits < most_splits && p.part[i].w.cols >= splits * 2 * step_columns) splits *= 2;
     launch_clusters(splits, f32_tiles_kernel,
                     dim3(unsigned(ceil_div(rows, tile_weights) * splits), runs, unsigned(ceil_div(p.most, tile_rows))), tile_threads,
                     2 * sizeof(Tile), stream, p, i, splits);

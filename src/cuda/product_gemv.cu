@@ -253,20 +253,20 @@ struct Place {
   int stack, part, row;  // matrix h of a product by heads, run h, or the h-th choice; rows of weights from `row` on
   Run run;
 
-  __device__ void enter(const Product& p, int to) {
+  __device__ void enter(const Product& p, int to, int turn_rows) {
     const int each = groups_of(p, K);
     group = to, turn = step = part = 0, stack = to / each, row = to % each;
     while (part + 1 < p.parts && row >= p.part[part].w.padded_rows() / group_rows(K)) row -= p.part[part++].w.padded_rows() / group_rows(K);
     row *= group_rows(K);
     run = p.runs ? p.runs[stack] : Run{p.choice && K != Kind::sum ? p.choice[stack] : stack, 0, p.n};
-    turns = K == Kind::sum ? (p.matrices + 1) / 2 : (run.count + few_rows - 1) / few_rows;
+    turns = K == Kind::sum ? (p.matrices + 1) / 2 : (run.count + turn_rows - 1) / turn_rows;
   }
   // To the step after; whether it is another turn's.
-  __device__ bool advance(const Product& p, int steps, int end) {
+  __device__ bool advance(const Product& p, int steps, int end, int turn_rows) {
     if (++step < steps) return false;
     step = 0;
     if (++turn == turns) {
-      if (++group < end) enter(p, group);
+      if (++group < end) enter(p, group, turn_rows);
     }
     return true;
   }
@@ -309,9 +309,9 @@ __device__ void finish(const Part& part, int head, int first, int count, int row
   *out = to.add ? *out + y : y;
 }
 
-// weight: of a sum, y += Σ weight[j] · W_choice[j] x[j].
+// turn_rows: of activations that shared memory holds, up to few_rows. weight: of a sum, y += Σ weight[j] · W_choice[j] x[j].
 template <DType Type, Kind K>
-__global__ void __launch_bounds__(threads, 2) gemv_kernel(const __grid_constant__ Product p, const float* weight) {
+__global__ void __launch_bounds__(threads, 2) gemv_kernel(const __grid_constant__ Product p, int turn_rows, const float* weight) {
   using P = Piece<Type>;
   extern __shared__ __align__(16) uint8_t memory[];
   auto* x = reinterpret_cast<__nv_bfloat16*>(memory);
@@ -327,13 +327,13 @@ __global__ void __launch_bounds__(threads, 2) gemv_kernel(const __grid_constant_
   auto column = [&](int step, int i) { return ((step * P::depth + i) * warps + warp) * P::columns; };
   P piece[P::depth];
   Place<K> at, ahead;
-  at.enter(p, begin);
+  at.enter(p, begin, turn_rows);
   ahead = at;
   Source source = ahead.source(p, lane);
 #pragma unroll
   for (int i = 0; i < P::depth; ++i)
     if (column(0, i) < pitch) piece[i].load(source, column(0, i), lane);
-  if (ahead.advance(p, steps, end) && ahead.group < end) source = ahead.source(p, lane);
+  if (ahead.advance(p, steps, end, turn_rows) && ahead.group < end) source = ahead.source(p, lane);
   if (early) begin_kernel();
   if constexpr (K == Kind::sum) {
     for (int j = 0; j < p.matrices; ++j) stage(p, j, 0, 1, p.part[0].w.cols, pitch, x + j * wide);
@@ -342,7 +342,7 @@ __global__ void __launch_bounds__(threads, 2) gemv_kernel(const __grid_constant_
   float c[4] = {}, total = 0;
   int buffer = 0, staged_stack = -1, staged_turn = -1;
   while (at.group < end) {
-    const int first = K == Kind::sum ? 0 : at.turn * few_rows, count = K == Kind::sum ? 1 : min(few_rows, at.run.count - first);
+    const int first = K == Kind::sum ? 0 : at.turn * turn_rows, count = K == Kind::sum ? 1 : min(turn_rows, at.run.count - first);
     const __nv_bfloat16* own = nullptr;
     if constexpr (K == Kind::sum) {
       if (lane / 4 < 2 && 2 * at.turn + lane / 4 < p.matrices) own = x + (2 * at.turn + lane / 4) * wide;
@@ -362,9 +362,9 @@ __global__ void __launch_bounds__(threads, 2) gemv_kernel(const __grid_constant_
       if (now < pitch) piece[i].add_to(c, own ? own + now : nullptr, lane);
       if (more && later < pitch) piece[i].load(source, later, lane);
     }
-    if (more && ahead.advance(p, steps, end) && ahead.group < end) source = ahead.source(p, lane);
+    if (more && ahead.advance(p, steps, end, turn_rows) && ahead.group < end) source = ahead.source(p, lane);
     const Place<K> was = at;
-    if (!at.advance(p, steps, end)) continue;
+    if (!at.advance(p, steps, end, turn_rows)) continue;
     if constexpr (K == Kind::sum) {
       // A quarter's first lane has a row's sums: of the one expert in column 0 of the upper rows, of the other in column 1 of the lower.
       total += weight[2 * was.turn] * c[0];
@@ -388,8 +388,11 @@ void run(const Product& p, const float* weight, cudaStream_t stream) {
   int pitch = 0;
   for (int i = 0; i < p.parts; ++i) pitch = std::max(pitch, p.part[i].w.pitch);
   const int groups = groups_of(p, K) * (K == Kind::sum ? 1 : p.runs ? p.most_runs : p.matrices);
-  const size_t shared = size_t(K == Kind::sum ? p.matrices : std::min(p.most, few_rows)) * size_t(shared_pitch(pitch)) * 2;
-  launch(gemv_kernel<Type, K>, unsigned(std::min(groups, most_blocks)), threads, shared, stream, p, weight);
+  const size_t row_bytes = size_t(shared_pitch(pitch)) * 2;
+  const int turn_rows = std::min({p.most, few_rows, int(most_shared_bytes() / row_bytes)});
+  require(turn_rows > 0, "products of rows this long");
+  const size_t shared = size_t(K == Kind::sum ? p.matrices : turn_rows) * row_bytes;
+  launch(gemv_kernel<Type, K>, unsigned(std::min(groups, most_blocks)), threads, shared, stream, p, turn_rows, weight);
 }
 
 template <Kind K>
@@ -416,7 +419,7 @@ void product_gemv(const Product& p, cudaStream_t stream) {
 
 bool product_sum_takes(const Product& p) {
   const PackedMatrix& w = p.part[0].w;
-  return w.type != DType::f32 && p.x.bf16 && p.choice && size_t(p.matrices) * size_t(shared_pitch(w.pitch)) * 2 <= size_t(200) << 10;
+  return w.type != DType::f32 && p.x.bf16 && p.choice && size_t(p.matrices) * size_t(shared_pitch(w.pitch)) * 2 <= most_shared_bytes();
 }
 
 void product_sum(const Product& p, const float* weight, cudaStream_t stream) {

@@ -7,6 +7,13 @@
 
 namespace mla::cuda {
 
+// Code that also runs on GPUs before Hopper is compiled a second time: without clusters (their blocks are alone) and early launches.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool has_clusters = false;
+#else
+constexpr bool has_clusters = true;
+#endif
+
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // A barrier that `count` arrivals and the bytes it was told to expect complete; its phases alternate in parity, beginning with 0.
@@ -66,19 +73,26 @@ __device__ inline void take_registers() {
 }
 
 // The kernel launched behind this one may take its place on the multiprocessors, once every block has said so or ended.
-__device__ inline void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void start_next_kernel() {
+  if constexpr (has_clusters) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 // In a kernel that was launched while the one before it ran: waits until that has finished and its writes are visible.
-__device__ inline void wait_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ inline void wait_previous_kernel() {
+  if constexpr (has_clusters) asm volatile("griddepcontrol.wait;" ::: "memory");
+}
 
 // Waits for all threads of the cluster's blocks that have not ended; what they wrote to shared memory is visible then.
-__device__ inline void cluster_sync() { asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory"); }
+__device__ inline void cluster_sync() {
+  if constexpr (has_clusters) asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
 // Reads where block `rank` of the cluster has what this block has at `address` in its shared memory.
 __device__ inline float4 cluster_read(uint32_t address, int rank) {
-  float4 x;
-  asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];}"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(address), "r"(rank)
-               : "memory");
+  float4 x{};
+  if constexpr (has_clusters)
+    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];}"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address), "r"(rank)
+                 : "memory");
   return x;
 }
 
