@@ -53,7 +53,7 @@ void multiply(const Product& whole, Arena& scratch, int processors, cudaStream_t
       auto* to = static_cast<std::byte*>(scratch.bytes(size_t(plain.matrix_bytes * p.matrices)));
       decode_to_bf16(*w, p.matrices, to, stream);
       plain.data = to;
-      *w = plain;
+      *w = plain, p.decoded = true;
     }
     in.tile = p.runs ? p.tile : std::min(tile_for(p, processors), p.part[0].up.data ? 128 : 256);
     product_gemm(p, in, stream);

@@ -47,6 +47,7 @@ struct Product {
   int most;  // rows that meet one matrix, at most
   const int32_t* choice;
   bool choice_is_old;  // it, or the runs, written by a kernel before the one before
+  bool decoded;        // weights written by the kernel before
   const Run* runs;
   const int32_t* run_count;
   int most_runs, tile;  // runs have at most `tile` rows; up to few_rows, or 0 for any number, they are for product_gemv

@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(threads, GemmShape<Tile, Gated>::blocks)
   }
   __syncthreads();
   // Weights are on their way before the activations are there, where it is known which.
-  const bool early = !p.runs || p.choice_is_old;
+  const bool early = !p.decoded && (!p.runs || p.choice_is_old);
   if (!early) begin_kernel();
   Run run;
   const bool any = find_tile(p, Tile, run);
