@@ -110,7 +110,9 @@ TEST_P(LinearTest, agrees_with_double) {
       Fixture f(GetParam().type, 1, rows, cols, uint64_t(cols + rows));
       const Weight w = device->pack(f.tensor());
       const ref::Matrix matrix = f.matrix(0);
-      for (int64_t n : {1, 2, 7, 8, 9, 33}) {
+      for (int64_t n : {1, 2, 7, 8, 9, 33, 61}) {
+        // A GPU decodes coded weights to bf16 where rows are many: both factors of a term are rounded.
+        const bool decoded = !GetParam().machine.kernels && n > 48 && (is_quantised(GetParam().type) || GetParam().type == DType::f8);
         auto x = ref::random_floats(n * (cols + 3), 7), bias = ref::random_floats(rows, 8), before = ref::random_floats(n * rows, 9);
         Tensor in = view(x.data(), DType::f32, {n, cols});
         in.stride[0] = cols + 3;
@@ -125,7 +127,7 @@ TEST_P(LinearTest, agrees_with_double) {
               const double expected =
                   ref::dot(row, inputs[size_t(i)]) + double(bias[size_t(r)]) + (add ? double(before[size_t(i * rows + r)]) : 0);
               ASSERT_NEAR(double(y[size_t(i * rows + r)]), expected,
-                          rounding_bound(kind, GetParam().keeps_weights(), row, inputs[size_t(i)]) + 1e-6)
+                          rounding_bound(kind, GetParam().keeps_weights(), row, inputs[size_t(i)]) * (decoded ? 2.01 : 1) + 1e-6)
                   << rows << " x " << cols << ", token " << i << " of " << n;
             }
         }
@@ -172,7 +174,7 @@ TEST_P(LinearTest, does_not_depend_on_batch_or_threads) {
 TEST_P(LinearTest, projections_together_are_projections_apart) {
   const auto device = GetParam().machine.open(2);
   const int64_t rows[] = {83, 16, 35}, cols = is_quantised(GetParam().type) ? 512 : 200, most = 83;
-  for (const int64_t n : {1, 19}) {
+  for (const int64_t n : {1, 19, 61}) {
     auto x = ref::random_floats(n * cols, 71), bias = ref::random_floats(most, 72), before = ref::random_floats(3 * n * most, 73);
     std::vector<float> together = before, apart = before;
     std::vector<Weight> weights;
@@ -193,7 +195,7 @@ TEST_P(LinearTest, projections_together_are_projections_apart) {
 TEST_P(LinearTest, normed_products_are_products_of_norms) {
   const auto device = GetParam().machine.open(2);
   const int64_t rows[] = {83, 35}, cols = is_quantised(GetParam().type) ? 512 : 203;
-  for (const int64_t n : {1, 5, 19}) {
+  for (const int64_t n : {1, 5, 19, 61}) {
     auto x = ref::random_floats(n * (cols + 3), 91, 3), norm = ref::random_floats(cols, 92);
     std::vector<float> h(size_t(n * cols), nan), y(size_t(n * 83), nan), z(size_t(n * 35), nan), expected(size_t(n * 83), nan);
     const Weight v = device->pack(Fixture(GetParam().type, 1, rows[0], cols, 93).tensor()),
@@ -292,35 +294,39 @@ TEST_P(LinearTest, feeds_forward) {
                         : is_quantised(type)    ? 160
                         : type == DType::f8     ? 184
                                                 : 56;
-  const int64_t experts = 5, k = 2, n = 23;
+  const int64_t experts = 5, k = 2;
   Fixture gate(type, experts, width, d, 41), up(type, experts, width, d, 42), down(type, experts, d, width, 43);
   auto pack = [&](Device& dev) { return FfnWeights{dev.pack(gate.tensor()), dev.pack(up.tensor()), dev.pack(down.tensor())}; };
   const FfnWeights w = pack(*device), w1 = pack(*serial);
-  auto x = ref::random_floats(n * d, 44), weight = ref::random_floats(n * k, 45), start = ref::random_floats(n * d, 46);
-  std::vector<int32_t> expert;
-  for (int64_t i = 0; i < n; ++i) expert.push_back(int32_t(i % 3)), expert.push_back(int32_t(3 + i % 2 * (i % 5 != 0)));
-  Tensor in = view(x.data(), DType::f32, {n, d});
+  std::vector<ref::Matrix> gates, ups, downs;
+  for (int64_t e = 0; e < experts; ++e) gates.push_back(gate.matrix(e)), ups.push_back(up.matrix(e)), downs.push_back(down.matrix(e));
 
-  for (const bool routed : {false, true}) {
-    std::vector<float> y = start, alone = start;
-    const Routing routing{view(expert.data(), DType::i32, {n, k}), view(weight.data(), DType::f32, {n, k})};
-    device->ffn(in, w, routed ? &routing : nullptr, view(y.data(), DType::f32, {n, d}));
-    for (int64_t i = 0; i < n; ++i) {
-      const Routing one{slice(routing.expert, 0, i, 1), slice(routing.weight, 0, i, 1)};
-      serial->ffn(slice(in, 0, i, 1), w1, routed ? &one : nullptr, view(alone.data() + i * d, DType::f32, {1, d}));
-    }
-    if (GetParam().machine.kernels) { EXPECT_EQ(0, std::memcmp(y.data(), alone.data(), y.size() * 4)) << (routed ? "routed" : "dense"); }
-
-    const ref::Matrix inputs = ref::to_double(x.data(), n, d, d);
-    ref::Row reference(start.begin(), start.end());
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < (routed ? k : 1); ++j) {
-        const int64_t e = routed ? expert[size_t(i * k + j)] : 0;
-        const ref::Row one = ref::ffn(gate.matrix(e), up.matrix(e), down.matrix(e), inputs[size_t(i)]);
-        for (int64_t c = 0; c < d; ++c) reference[size_t(i * d + c)] += one[size_t(c)] * (routed ? double(weight[size_t(i * k + j)]) : 1);
+  // On a GPU many rows go another way.
+  for (const int64_t n : GetParam().machine.kernels ? std::vector<int64_t>{23} : std::vector<int64_t>{23, 90})
+    for (const bool routed : {false, true}) {
+      auto x = ref::random_floats(n * d, 44), weight = ref::random_floats(n * k, 45), start = ref::random_floats(n * d, 46);
+      std::vector<int32_t> expert;
+      for (int64_t i = 0; i < n; ++i) expert.push_back(int32_t(i % 3)), expert.push_back(int32_t(3 + i % 2 * (i % 5 != 0)));
+      Tensor in = view(x.data(), DType::f32, {n, d});
+      std::vector<float> y = start, alone = start;
+      const Routing routing{view(expert.data(), DType::i32, {n, k}), view(weight.data(), DType::f32, {n, k})};
+      device->ffn(in, w, routed ? &routing : nullptr, view(y.data(), DType::f32, {n, d}));
+      for (int64_t i = 0; i < n; ++i) {
+        const Routing one{slice(routing.expert, 0, i, 1), slice(routing.weight, 0, i, 1)};
+        serial->ffn(slice(in, 0, i, 1), w1, routed ? &one : nullptr, view(alone.data() + i * d, DType::f32, {1, d}));
       }
-    EXPECT_LT(ref::relative_error(y.data(), reference), GetParam().tolerance()) << (routed ? "routed" : "dense");
-  }
+      if (GetParam().machine.kernels) { EXPECT_EQ(0, std::memcmp(y.data(), alone.data(), y.size() * 4)) << (routed ? "routed" : "dense"); }
+
+      const ref::Matrix inputs = ref::to_double(x.data(), n, d, d);
+      ref::Row reference(start.begin(), start.end());
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < (routed ? k : 1); ++j) {
+          const size_t e = routed ? size_t(expert[size_t(i * k + j)]) : 0;
+          const ref::Row one = ref::ffn(gates[e], ups[e], downs[e], inputs[size_t(i)]);
+          for (int64_t c = 0; c < d; ++c) reference[size_t(i * d + c)] += one[size_t(c)] * (routed ? double(weight[size_t(i * k + j)]) : 1);
+        }
+      EXPECT_LT(ref::relative_error(y.data(), reference), GetParam().tolerance()) << (routed ? "routed " : "dense ") << n;
+    }
 }
 
 TEST_P(LinearTest, more_rows_than_a_grid_is_high) {
