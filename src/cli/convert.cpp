@@ -128,7 +128,7 @@ class Conversion {
         : options_.refit == Refit::layer ? "to its layer"
                                          : "to the original's stream",
         options_.output_ridge, options_.refit_down ? fmt::format(", W_down (λ {})", options_.down_ridge) : "",
-        options_.query_steps > 0 ? fmt::format(", W_Q in {} steps", options_.query_steps) : "",
+        options_.fit_passes > 0 ? fmt::format(", attention fitted in {} passes (rate {})", options_.fit_passes, options_.fit_rate) : "",
         tokens / size_t(options_.window) * size_t(options_.window), a_.calibrate, options_.window,
         options_.sequential ? ", on the converted prefix" : "", std::exp(q.nll_before), std::exp(q.nll_after), q.scored, evaluated_on(),
         a_.kv_type, q.kl));
@@ -211,8 +211,11 @@ void add_convert(CLI::App& program, Work& work) {
   c.add_option("--q-lora-rank", a->query_rank, "of a query latent (default: none, or as wide as the queries where they have biases)")
       ->option_text("R")
       ->group("size");
-  c.add_option("--query-steps", a->query_steps, "of the refit of W_Q to the original's scores (default: 2)")
+  c.add_option("--fit-passes", a->fit_passes, "over the text, of the attention's fit to the original's stream (default: 1)")
       ->option_text("N")
+      ->group("steps");
+  c.add_option("--fit-rate", a->fit_rate, "of its steps, times the share of the cache that goes (default: 0.0125)")
+      ->option_text("R")
       ->group("steps");
   c.add_option("--output-ridge", a->output_ridge, "of the refit of W_O, of the mean diagonal (default: 0.1)")
       ->option_text("L")

@@ -24,8 +24,8 @@ struct ConvertArguments {
   MachineOptions machine;
   int64_t rank = 0, rope_dim = 0, query_rank = 0, tokens = 45056, evaluate_windows = 4, window = 512;
   double rope_theta = 0;
-  std::optional<double> value_share, output_ridge, down_ridge;
-  std::optional<int> query_steps;
+  std::optional<double> value_share, output_ridge, down_ridge, fit_rate;
+  std::optional<int> fit_passes;
   uint64_t seed = 0;
   bool no_activations = false, no_metric = false, no_fold = false, no_down = false, parallel = false, force = false, json = false;
   bool sweep = false, search = false;

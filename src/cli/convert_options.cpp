@@ -35,7 +35,7 @@ ConvertOptions preset_options(const std::string& preset) {
   o.sequential = false;
   o.refit = Refit::none;
   o.refit_down = false;
-  o.query_steps = 0;
+  o.fit_passes = 0;
   if (preset == "mha2mla") o.layer.activations = o.layer.fold = false;
   return o;
 }
@@ -55,12 +55,19 @@ int64_t elements_left(const std::string& cut, int64_t whole) {
   return std::llround(double(whole) * (1 - percent / 100));
 }
 
+// Three quarters of the frequencies, the faster ones, hold what attention tells apart by. The less is left, the more a rotary pair is short
+// of what the latent would do with its two elements: fewer pairs then stand for all frequencies of that range (docs/conversion.md).
+int64_t rotary_width(int head_dim, double left) {
+  const double share = left >= 0.6 ? 3. / 4 : left >= 0.4 ? 3. / 8 : left >= 0.25 ? 1. / 4 : 3. / 16;
+  return 2 * std::max<int64_t>(1, std::llround(head_dim * share / 2));
+}
+
 }  // namespace
 
 void skip_refits(ConvertOptions& o) {
   o.sequential = o.refit_down = false;
   o.refit = Refit::none;
-  o.query_steps = 0;
+  o.fit_passes = 0;
 }
 
 void choose_sizes(const ConvertArguments& a, const std::string& cut, const Config& c, ConvertOptions& o) {
@@ -69,12 +76,9 @@ void choose_sizes(const ConvertArguments& a, const std::string& cut, const Confi
   if ((a.rank > 0) == !cut.empty())
     fail_input("give either --kv-lora-rank (with --rope-dim) or --cut, the share of the cache that should go");
   const int64_t left = a.rank > 0 ? a.rank + a.rope_dim : elements_left(cut, whole);
-  // Three quarters of the frequencies, the faster ones, hold what attention tells apart by; where less than 60% of the cache is left, half
-  // as many pairs as the model has serve better, over the same range, each for the frequencies next to it.
-  const bool fits = c.head_dim % 8 == 0, ours = a.preset == "mla";
-  const int64_t narrow = fits ? c.head_dim / 2 : c.head_dim;
-  int64_t d_R = 5 * left >= 3 * whole && fits ? c.head_dim * 3 / 4 : narrow;
-  if (!ours) d_R = 2 * left >= whole ? c.head_dim : narrow;  // the best of theirs, which have the model's own base
+  const bool ours = a.preset == "mla";
+  int64_t d_R = ours ? rotary_width(c.head_dim, double(left) / double(whole)) : c.head_dim;
+  if (!ours && 2 * left < whole && c.head_dim % 4 == 0) d_R = c.head_dim / 2;  // the best of theirs, which have the model's own base
   o.layer.qk_rope_head_dim = a.rope_dim > 0 ? a.rope_dim : d_R;
   if (ours && a.rope_theta == 0 && o.layer.qk_rope_head_dim < c.head_dim) o.rope_theta = std::pow(c.rope_theta, 0.75);
   o.layer.kv_lora_rank = a.rank > 0 ? a.rank : left - o.layer.qk_rope_head_dim;
@@ -112,8 +116,10 @@ ConvertOptions read_steps(const ConvertArguments& a, const Checkpoint& checkpoin
   o.window = a.window;
   if (a.window < 2) fail_input("--calibration-window is {}; give 2 or more", a.window);
   if (a.tokens < 1) fail_input("--calibration-tokens is {}; give 1 or more", a.tokens);
-  if (a.query_steps.value_or(0) < 0) fail_input("--query-steps is {}; give 0 or more", *a.query_steps);
-  o.query_steps = a.query_steps.value_or(o.query_steps);
+  if (a.fit_passes.value_or(0) < 0) fail_input("--fit-passes is {}; give 0 or more", *a.fit_passes);
+  o.fit_passes = a.fit_passes.value_or(o.fit_passes);
+  if (a.fit_rate && (!(*a.fit_rate >= 0) || !std::isfinite(*a.fit_rate))) fail_input("--fit-rate is {}; give 0 or more", *a.fit_rate);
+  o.fit_rate = a.fit_rate.value_or(o.fit_rate);
   o.output_ridge = ridge(a.output_ridge, "--output-ridge", o.output_ridge);
   o.down_ridge = ridge(a.down_ridge, "--down-ridge", o.down_ridge);
   o.rope_theta = a.rope_theta;

@@ -3,22 +3,26 @@
 
 #include "core/check.h"
 #include "core/quant.h"
+#include "core/random.h"
 #include "core/threads.h"
 #include "io/checkpoint.h"
+#include "lowrank/attention_fit.h"
 #include "lowrank/layer_run.h"
 #include "lowrank/original.h"
-#include "lowrank/score_refit.h"
 #include "model/rope.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <numbers>
+#include <numeric>
 
 namespace mla {
 namespace {
 
-constexpr int64_t batch_windows = 8;
+// Windows that go through a layer at once: 8, fewer where they are long.
+int64_t batch_windows(int64_t window) { return std::clamp<int64_t>(4096 / window, 1, 8); }
 
 std::vector<float> rounded(const std::vector<double>& values, DType type) {
   std::vector<float> out(values.begin(), values.end());
@@ -82,8 +86,9 @@ class LayerMaker {
     if (o_.layer.constant != Constant::one) m.constants = c.distances.constants(theirs_), m.folded = c.distances.constants(ours_);
     return m;
   }
-  MlaMatrices make(const GqaMatrices& w, const LayerMoments& moments) const {
-    return convert_layer(shape_, w, moments, layer_, config_.latent_norm_eps);
+  MlaMatrices make(const GqaMatrices& w, const LayerMoments& moments) const { return factor_layer(shape_, w, moments, layer_); }
+  void finish(MlaMatrices& m, const LayerMoments& moments) const {
+    neutralise_norm(m, layer_.kv_lora_rank, layer_.latent_norm, moments, config_.latent_norm_eps);
   }
 
   // Under names without the layer's.
@@ -197,11 +202,11 @@ class Converter {
         maker_(checkpoint, config, o),
         shape_(maker_.shape()),
         windows_(int64_t(tokens.size()) / o.window),
+        batch_(std::min(batch_windows(o.window), windows_)),
         original_(checkpoint, config, device) {
     out_.config = maker_.config();
-    const int64_t batch = std::min(batch_windows, windows_);
-    gqa_run_ = std::make_unique<LayerRun>(config_, rope_frequencies(config), device, o.window, batch);
-    mla_run_ = std::make_unique<LayerRun>(out_.config, rope_frequencies(out_.config), device, o.window, batch);
+    gqa_run_ = std::make_unique<LayerRun>(config_, rope_frequencies(config), device, o.window, batch_);
+    mla_run_ = std::make_unique<LayerRun>(out_.config, rope_frequencies(out_.config), device, o.window, batch_);
     theirs_ = original_.embed(tokens.first(size_t(windows_ * o.window)));
     ours_ = theirs_;
     const size_t rows = size_t(windows_ * o.window);
@@ -222,7 +227,9 @@ class Converter {
         const MathThreads all(device_.threads().count());
         return maker_.make(weights, moments);
       }();
-      if (o_.query_steps > 0) fit_queries(m, moments);
+      move_theirs();
+      if (o_.fit_passes > 0) fit(m);
+      maker_.finish(m, moments);
       for (const auto& [name, values] : maker_.tensors(m, moments)) set(name.c_str(), values);
       set("attn.o.bias", output_bias());
       set("attn.o", attention(m.o).data);
@@ -238,18 +245,19 @@ class Converter {
     Tensor stream(std::vector<float>& s, int64_t cols) const { return view(s.data() + first * cols, DType::f32, {rows, cols}); }
   };
 
-  // A layer is five passes over the text.
+  // A layer is seven passes over the text, the fit counted for one.
+  double passes() const { return o_.fit_passes > 0 ? 7 : 6; }
   void tick(double within) const {
-    if (progress_) progress_((layer_ + (phase_ + within) / 5) / config_.num_hidden_layers);
+    if (progress_) progress_((layer_ + (phase_ + within) / passes()) / config_.num_hidden_layers);
   }
 
   // Calls what(batch) for the text in order.
   template <class What>
   void each_batch(const What& what) {
-    const int64_t batches = (windows_ + batch_windows - 1) / batch_windows;
+    const int64_t batches = (windows_ + batch_ - 1) / batch_;
     for (int64_t b = 0; b < batches; ++b) {
       tick(double(b) / double(batches));
-      const int64_t first = b * batch_windows, n = std::min(batch_windows, windows_ - first);
+      const int64_t first = b * batch_, n = std::min(batch_, windows_ - first);
       what(Batch{first * o_.window, n * o_.window});
     }
     ++phase_;
@@ -275,33 +283,49 @@ class Converter {
     return std::move(sums).result();
   }
 
-  void fit_queries(MlaMatrices& m, const LayerMoments& moments) {
-    for (const auto& [name, values] : maker_.tensors(m, moments)) set(name.c_str(), values);
-    const Config& c = out_.config;
-    const ScoreShape scores{
-        shape_, o_.window, c.qk_rope_head_dim, float(config_.softmax_scale()), float(c.softmax_scale()), rope_frequencies(c)};
-    const MlaWeights w = mla_weights();
-    std::vector<ScoreWindow> windows;
-    const int64_t step = std::max<int64_t>(1, windows_ / o_.score_windows);  // spread over the text
-    for (int64_t i = 0; i < windows_ && int64_t(windows.size()) < o_.score_windows; i += step)
-      tick(0), windows.push_back(score_window(i, w));
-    refit_queries(m.q, windows, scores, moments.inputs, o_.query_steps, device_.threads());
+  // The original's stream behind its attention.
+  void move_theirs() {
+    each_batch([&](const Batch& b) { gqa_run_->attend(original_.gqa(), b.stream(theirs_, config_.hidden_size)); });
   }
 
-  // A window's inputs, the original's queries and keys for them, and the converted keys.
-  ScoreWindow score_window(int64_t window, const MlaWeights& w) {
-    const int64_t T = o_.window, D = config_.hidden_size, d = shape_.head_dim, h = shape_.heads, g = shape_.groups;
-    const int64_t d_R = out_.config.qk_rope_head_dim;
-    ScoreWindow out;
-    const auto sized = [T](std::vector<float>& values, int64_t heads, int64_t width) {
-      values.resize(size_t(T * heads * width));
-      return view(values.data(), DType::f32, {T, heads, width});
-    };
-    original_.attention_inputs(Batch{window * T, T}.stream(ours_, D), out.inputs);
-    const Tensor inputs = slice(view(out.inputs.data(), DType::f32, {T, shape_.hidden}), 1, 0, D);
-    gqa_run_->project(original_.gqa(), inputs, sized(out.query, h, d), sized(out.key, g, d));
-    mla_run_->project(w, inputs, sized(out.still, h, d), sized(out.rotary, 1, d_R));
-    return out;
+  // Moves the converted attention to what the original's stream has behind it, as a share of that stream, token by token.
+  void fit(MlaMatrices& m) {
+    const int64_t T = o_.window, D = config_.hidden_size, steps = o_.fit_passes * windows_;
+    const Config& c = out_.config;
+    const double gone = 1 - double(c.kv_layout().row()) / double(config_.kv_layout().row());
+    AttentionFit fit({shape_, T, c.kv_lora_rank, c.qk_rope_head_dim, D, float(c.softmax_scale()), rope_frequencies(c)}, m,
+                     device_.threads());
+    const std::vector<double> bias = output_bias();
+    std::vector<float> inputs, target(size_t(T * D)), weight(static_cast<size_t>(T));
+    std::vector<int64_t> order(static_cast<size_t>(windows_));
+    for (int64_t step = 0; step < steps; ++step) {
+      tick(double(step) / double(steps));
+      if (step % windows_ == 0) shuffle(order, uint64_t(step));
+      const Batch window{order[size_t(step % windows_)] * T, T};
+      const float *ours = window.stream(ours_, D).f32(), *theirs = window.stream(theirs_, D).f32();
+      original_.attention_inputs(window.stream(ours_, D), inputs);
+      double whole = 0;
+      for (int64_t t = 0; t < T; ++t) {
+        double energy = 1e-30, wanted = 0;
+        for (int64_t i = t * D; i < (t + 1) * D; ++i) {
+          target[size_t(i)] = theirs[i] - ours[i] - float(bias[size_t(i % D)]);
+          energy += double(theirs[i]) * double(theirs[i]);
+          wanted += double(target[size_t(i)]) * double(target[size_t(i)]);
+        }
+        weight[size_t(t)] = float(1 / energy), whole += wanted / energy;
+      }
+      // What is exact but for rounding stays so.
+      if (fit.differentiate({inputs.data(), target.data(), weight.data()}) < 1e-6 * whole) continue;
+      const double warm = std::min(1.0, double(step + 1) / 5), fade = 0.5 + 0.5 * std::cos(std::numbers::pi * double(step) / double(steps));
+      fit.move(o_.fit_rate * std::max(gone, 0.0) * warm * fade);
+    }
+    ++phase_;
+    fit.put(m);
+  }
+
+  void shuffle(std::vector<int64_t>& order, uint64_t pass) const {
+    std::iota(order.begin(), order.end(), 0);
+    for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_bits(o_.layer.seed + pass, i) % i]);
   }
 
   MlaWeights mla_weights() {
@@ -324,7 +348,7 @@ class Converter {
     return w;
   }
 
-  // Moves both streams behind the attention and returns W_O, refitted to what the stream should be there.
+  // Moves our stream behind the attention and returns W_O, refitted to what the stream should be there.
   Matrix attention(const Matrix& o) {
     const int64_t D = config_.hidden_size, cols = shape_.heads * shape_.head_dim;
     const MlaWeights w = mla_weights();
@@ -340,7 +364,6 @@ class Converter {
       mla_run_->attend(w, copied(ours), [&](const std::string& name, const Tensor& t) {
         if (name == "attn.output") std::memcpy(attended, t.data, size_t(t.count()) * sizeof(float));
       });
-      gqa_run_->attend(original_.gqa(), theirs);
       if (o_.refit == Refit::none) return;
       const Tensor target = copied(o_.refit == Refit::drift ? theirs : ours);
       if (o_.refit == Refit::layer) gqa_run_->attend(original_.gqa(), target);
@@ -414,7 +437,7 @@ class Converter {
   const Progress& progress_;
   LayerMaker maker_;
   const GqaShape& shape_;
-  int64_t windows_;
+  int64_t windows_, batch_;  // of the text, and of those that go through a layer at once
   Original original_;
   Converted out_;
   std::unique_ptr<LayerRun> gqa_run_, mla_run_;
@@ -488,15 +511,16 @@ std::vector<LayerCalibration> calibrate(const Checkpoint& checkpoint, std::span<
   const GqaShape shape = shape_of(checkpoint, config);
   const int64_t D = config.hidden_size, windows = int64_t(tokens.size()) / o.window;
   Original original(checkpoint, config, device);
-  LayerRun run(config, rope_frequencies(config), device, o.window, std::min(batch_windows, windows));
+  const int64_t batch = std::min(batch_windows(o.window), windows);
+  LayerRun run(config, rope_frequencies(config), device, o.window, batch);
   std::vector<float> stream = original.embed(tokens.first(size_t(windows * o.window)));
   std::vector<LayerCalibration> out;
   for (int l = 0; l < config.num_hidden_layers; ++l) {
     original.load(l);
     CalibrationSums sums(config, shape, o, device);
-    for (int64_t first = 0; first < windows; first += batch_windows) {
+    for (int64_t first = 0; first < windows; first += batch) {
       if (progress) progress((l + double(first) / double(windows)) / config.num_hidden_layers);
-      const int64_t rows = std::min(batch_windows, windows - first) * o.window;
+      const int64_t rows = std::min(batch, windows - first) * o.window;
       const Tensor x = view(stream.data() + first * o.window * D, DType::f32, {rows, D});
       sums.add(original, run, x);
       run.attend(original.gqa(), x);
@@ -520,7 +544,8 @@ Converted convert(const Checkpoint& checkpoint, std::span<const LayerCalibration
     if (progress) progress(double(l) / config.num_hidden_layers);
     original.load(l);
     const LayerMoments moments = maker.moments(calibration[size_t(l)]);
-    const MlaMatrices m = maker.make(original.matrices(), moments);
+    MlaMatrices m = maker.make(original.matrices(), moments);
+    maker.finish(m, moments);
     for (const auto& [name, values] : maker.tensors(m, moments))
       out.tensors[fmt::format("layers.{}.{}", l, name)] = rounded(values, options.type);
     std::vector<double> bias(size_t(config.hidden_size), 0);
@@ -537,7 +562,7 @@ Converted convert(const Checkpoint& checkpoint, std::span<const int32_t> tokens,
   check_convertible(checkpoint, config, options);
   check_tensors(checkpoint, config);
   check_text(tokens, options);
-  if (!options.sequential && options.refit == Refit::none && !options.refit_down && options.query_steps == 0)
+  if (!options.sequential && options.refit == Refit::none && !options.refit_down && options.fit_passes == 0)
     return convert(checkpoint, calibrate(checkpoint, tokens, options, device, progress), options, device);
   return Converter(checkpoint, config, tokens, options, device, progress).run();
 }

@@ -18,7 +18,8 @@ struct ConvertOptions {
   LayerOptions layer;
   double rope_theta = 0;                       // base of the rotary pairs' frequencies; 0: the original's
   int64_t q_lora_rank = 0;                     // of a query latent; 0: none
-  int query_steps = 2;                         // of the refit of W_Q to the original's scores
+  int fit_passes = 1;                          // over the text, of the attention's fit by gradients; 0: none
+  double fit_rate = 0.0125;                    // of its steps, times the share of the cache that goes
   bool sequential = true;                      // each layer is calibrated on the already converted ones
   Refit refit = Refit::drift;                  // of W_O, by ridge regression
   bool refit_down = true;                      // of W_down too, to the original's stream after the layer
@@ -27,7 +28,6 @@ struct ConvertOptions {
 
   int64_t window = 512;          // tokens of a window of calibration
   int64_t constant_windows = 8;  // windows that the constants are taken from
-  int64_t score_windows = 16;    // windows that W_Q is refitted on
 };
 
 // What differs from the original checkpoint: tensors under our names, rounded to `type`.

@@ -60,7 +60,7 @@ class Conversion {
   Conversion(const GqaShape& s, const GqaMatrices& w, const LayerMoments& m, const LayerOptions& o)
       : s_(s), w_(w), m_(m), o_(o), c_(o.activations ? m.inputs : identity(s.hidden)), q_(halves(w.q)), k_(halves(w.k)) {}
 
-  MlaMatrices run(double norm_eps) {
+  MlaMatrices run() {
     MlaMatrices out;
     const double softmax = std::sqrt(double(s_.head_dim + o_.qk_rope_head_dim) / double(s_.head_dim));
     choose_rotary();
@@ -71,7 +71,6 @@ class Conversion {
     put_rows(out.kv_a, o_.kv_lora_rank, rotary_key_);
     out.kv_b = head_rows(f.up);
     out.o = w_.o;
-    neutralise_norm(out, norm_eps);
     return out;
   }
 
@@ -235,17 +234,6 @@ class Conversion {
     return kv_b;
   }
 
-  void neutralise_norm(MlaMatrices& out, double eps) const {
-    const int64_t r = o_.kv_lora_rank;
-    Matrix down(r, s_.hidden);
-    std::copy_n(out.kv_a.data.begin(), down.data.size(), down.data.begin());
-    NeutralNorm norm = neutral_norm(o_.latent_norm, down, m_, eps);
-    put_rows(out.kv_a, 0, down);
-    out.kv_a_bias = std::move(norm.bias), out.kv_a_norm = std::move(norm.weight);
-    out.kv_a_bias.resize(size_t(r + o_.qk_rope_head_dim));
-    for (double& x : out.kv_b.data) x *= norm.factor;
-  }
-
   const GqaShape& s_;
   const GqaMatrices& w_;
   const LayerMoments& m_;
@@ -293,6 +281,16 @@ NeutralNorm neutral_norm(LatentNorm which, Matrix& down, const LayerMoments& m, 
   return out;
 }
 
+void neutralise_norm(MlaMatrices& m, int64_t rank, LatentNorm which, const LayerMoments& moments, double norm_eps) {
+  Matrix down(rank, m.kv_a.cols);
+  std::copy_n(m.kv_a.data.begin(), down.data.size(), down.data.begin());
+  NeutralNorm norm = neutral_norm(which, down, moments, norm_eps);
+  put_rows(m.kv_a, 0, down);
+  m.kv_a_bias = std::move(norm.bias), m.kv_a_norm = std::move(norm.weight);
+  m.kv_a_bias.resize(size_t(m.kv_a.rows));
+  for (double& x : m.kv_b.data) x *= norm.factor;
+}
+
 void check_layer_options(const GqaShape& s, const LayerOptions& o) {
   const int64_t d_R = o.qk_rope_head_dim, most = std::min(2 * s.groups * s.head_dim, s.hidden), spare = o.kv_lora_rank - o.latent_rank();
   if (d_R < 2 || d_R > s.head_dim || d_R % 2 != 0 || (o.slots.empty() && s.head_dim % d_R != 0))
@@ -304,10 +302,16 @@ void check_layer_options(const GqaShape& s, const LayerOptions& o) {
   if (!(o.value_share > 0) || !std::isfinite(o.value_share)) fail_input("the values' share β is {}; it must be above 0", o.value_share);
 }
 
+MlaMatrices factor_layer(const GqaShape& shape, const GqaMatrices& w, const LayerMoments& moments, const LayerOptions& options) {
+  check_layer_options(shape, options);
+  return Conversion(shape, w, moments, options).run();
+}
+
 MlaMatrices convert_layer(const GqaShape& shape, const GqaMatrices& w, const LayerMoments& moments, const LayerOptions& options,
                           double norm_eps) {
-  check_layer_options(shape, options);
-  return Conversion(shape, w, moments, options).run(norm_eps);
+  MlaMatrices m = factor_layer(shape, w, moments, options);
+  neutralise_norm(m, options.kv_lora_rank, options.latent_norm, moments, norm_eps);
+  return m;
 }
 
 }  // namespace mla

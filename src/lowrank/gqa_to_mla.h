@@ -50,7 +50,7 @@ struct LayerMoments {
   std::vector<std::complex<double>> constants, folded;
 };
 
-struct MlaMatrices {
+struct MlaMatrices {                         // before neutralise_norm: no bias, no norm, and what stands in `kv_a` meets kv_b as it is
   Matrix q;                                  // [h (d + d_R), D], scaled for the softmax of d + d_R
   Matrix kv_a;                               // [r + d_R, D]
   std::vector<double> kv_a_bias, kv_a_norm;  // [r + d_R], [r]
@@ -66,8 +66,12 @@ struct NeutralNorm {
 };
 NeutralNorm neutral_norm(LatentNorm which, Matrix& down, const LayerMoments& moments, double norm_eps);
 
-// Raises Error where rank or rotary width do not fit the shape. `norm_eps` is that of the latent's norm.
+void neutralise_norm(MlaMatrices& m, int64_t rank, LatentNorm which, const LayerMoments& moments, double norm_eps);
+
+// Raises Error where rank or rotary width do not fit the shape.
 void check_layer_options(const GqaShape& shape, const LayerOptions& options);
+// Without and with the latent's norm, whose ε is `norm_eps`.
+MlaMatrices factor_layer(const GqaShape& shape, const GqaMatrices& w, const LayerMoments& moments, const LayerOptions& options);
 MlaMatrices convert_layer(const GqaShape& shape, const GqaMatrices& w, const LayerMoments& moments, const LayerOptions& options,
                           double norm_eps);
 

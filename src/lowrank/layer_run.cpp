@@ -64,20 +64,6 @@ void LayerRun::project(const GqaWeights& w, Tensor inputs, Tensor queries, Tenso
   });
 }
 
-void LayerRun::project(const MlaWeights& w, Tensor inputs, Tensor still, Tensor rotary) {
-  const int64_t n = inputs.shape[0], h = config_.num_attention_heads, d = config_.qk_nope_head_dim, both = d + config_.v_head_dim;
-  const int64_t r = config_.kv_lora_rank, d_R = config_.qk_rope_head_dim;
-  run(n, {}, [&](Step& step) {
-    const Tensor rows = arena_.tensor(DType::f32, {n, r + d_R}), expanded = arena_.tensor(DType::f32, {n, h * both});
-    const Tensor latent = slice(rows, 1, 0, r), key = view(rows.data, DType::f32, {n, 1, r + d_R});
-    device_.linear(inputs, w.kv_a, w.kv_a_bias, rows);
-    device_.rms_norm(latent, w.kv_a_norm, float(config_.latent_norm_eps), latent);
-    device_.rope(slice(key, 2, r, d_R), step.cos_sin, config_.rope_interleaved, view(rotary.data, DType::f32, {n, 1, d_R}));
-    device_.linear(latent, w.kv_b, {}, expanded);
-    device_.copy(slice(view(expanded.data, DType::f32, {n * h, both}), 1, 0, d), view(still.data, DType::f32, {n * h, d}));
-  });
-}
-
 void LayerRun::feed_forward(const Layer& layer, Tensor x) {
   run(x.shape[0], {}, [&](Step& step) { mla::feed_forward(step, layer, x); });
 }
@@ -173,20 +159,24 @@ std::vector<float> DistanceSums::energies(const Tensor& x, int64_t head) const {
 
 void DistanceSums::add_head(int64_t head, const Tensor& q, const Tensor& k, float scale) {
   const int64_t T = window_, F = shape_.pairs(), group = head / (shape_.heads / shape_.groups);
-  std::vector<float> scores(static_cast<size_t>(T * T)), paid(size_t(T * F));
-  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, blasint(T), blasint(T), blasint(shape_.head_dim), scale,
-              q.f32() + head * q.stride[1], blasint(q.stride[0]), k.f32() + group * k.stride[1], blasint(k.stride[0]), 0, scores.data(),
-              blasint(T));
-  causal_softmax(scores.data(), 0, T, T);
+  constexpr int64_t tile_rows = 128;  // of queries, whose scores fit in a cache
+  std::vector<float> scores(size_t(tile_rows * T)), paid(size_t(T * F));
   const std::vector<float> queries = energies(q, head), keys = energies(k, group);
-  for (int64_t t = 0; t < T; ++t) {
-    const float* query = queries.data() + t * F;
-    // Attention to the first token is about what it is, not how far away.
-    for (int64_t s = weighted_ ? 1 : 0; s <= t; ++s) {
-      const float p = scores[size_t(t * T + s)];
-      const float* key = keys.data() + s * F;
-      float* to = paid.data() + (t - s) * F;
-      for (int64_t f = 0; f < F; ++f) to[f] += p * query[f] * key[f];
+  for (int64_t from = 0; from < T; from += tile_rows) {
+    const int64_t rows = std::min(tile_rows, T - from), cols = from + rows;
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, blasint(rows), blasint(cols), blasint(shape_.head_dim), scale,
+                q.f32() + from * q.stride[0] + head * q.stride[1], blasint(q.stride[0]), k.f32() + group * k.stride[1],
+                blasint(k.stride[0]), 0, scores.data(), blasint(cols));
+    causal_softmax(scores.data(), from, rows, cols);
+    for (int64_t t = from; t < cols; ++t) {
+      const float* query = queries.data() + t * F;
+      // Attention to the first token is about what it is, not how far away.
+      for (int64_t s = weighted_ ? 1 : 0; s <= t; ++s) {
+        const float p = scores[size_t((t - from) * cols + s)];
+        const float* key = keys.data() + s * F;
+        float* to = paid.data() + (t - s) * F;
+        for (int64_t f = 0; f < F; ++f) to[f] += p * query[f] * key[f];
+      }
     }
   }
   double* sum = paid_.data() + head * T * F;

@@ -19,10 +19,8 @@ class LayerRun {
   // x f32 [n, D] += attention(x), n a multiple of the window; `dump` sees the intermediates.
   void attend(const GqaWeights& w, Tensor x);
   void attend(const MlaWeights& w, Tensor x, const Dump& dump);
-  // What attention starts from, of normed inputs f32 [n, D]: queries [n, h, d] and keys [n, g, d], rotated; and of converted weights the
-  // keys [n, h, d] that come of the latent, and the rotary key [n, d_R].
+  // What attention starts from, of normed inputs f32 [n, D]: queries [n, h, d] and keys [n, g, d], rotated.
   void project(const GqaWeights& w, Tensor inputs, Tensor queries, Tensor keys);
-  void project(const MlaWeights& w, Tensor inputs, Tensor still, Tensor rotary);
   void feed_forward(const Layer& layer, Tensor x);
 
  private:

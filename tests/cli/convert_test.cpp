@@ -34,8 +34,8 @@ TEST(Convert, WritesAModelThatRunsAndSaysWhatItKeeps) {
       run({"convert", file, "-o", out, "--cut", "50%", "--calibrate", path("calibration.txt"), "--calibration-window", "64", "--json"});
   ASSERT_EQ(o.code, 0) << o.err;
   const Json json = o.json();
-  EXPECT_EQ(json["kv_lora_rank"], 24);
-  EXPECT_EQ(json["qk_rope_head_dim"], 8);
+  EXPECT_EQ(json["kv_lora_rank"], 26);
+  EXPECT_EQ(json["qk_rope_head_dim"], 6);
   EXPECT_EQ(json["cache_elements_before"], 64);
   EXPECT_EQ(json["cache_elements_after"], 32);
   for (const char* field : {"perplexity_before", "perplexity_after", "seconds"}) EXPECT_GT(json[field].get<double>(), 0) << field;

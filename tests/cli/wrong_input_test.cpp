@@ -206,7 +206,8 @@ TEST_F(WrongInput, Convert) {
   refused({"--cut", "50%", "--rope-theta", "-3"}, {"rotary base is -3"});
   refused({"--cut", "50%", "--q-lora-rank", "300"}, {"query latent of 300"});
   refused({"--cut", "50%", "--value-share", "0"}, {"β is 0"});
-  refused({"--cut", "50%", "--query-steps", "-1"}, {"--query-steps is -1"});
+  refused({"--cut", "50%", "--fit-passes", "-1"}, {"--fit-passes is -1"});
+  refused({"--cut", "50%", "--fit-rate", "-1"}, {"--fit-rate is -1"});
   refused({"--cut", "50%", "--output-ridge", "-2"}, {"--output-ridge is -2"});
   refused({"--cut", "50%", "--down-ridge", "nan"}, {"--down-ridge is nan"});
   refused({"--cut", "50%", "--search", "--calibration-window", "0"}, {"--calibration-window is 0"});

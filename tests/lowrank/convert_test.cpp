@@ -48,7 +48,7 @@ ConvertOptions sized(int64_t rank, int64_t d_R) {
   o.layer.kv_lora_rank = rank, o.layer.qk_rope_head_dim = d_R;
   o.type = DType::f32;
   o.window = 32;
-  o.constant_windows = 4, o.score_windows = 4;
+  o.constant_windows = 4;
   return o;
 }
 
@@ -149,7 +149,7 @@ TEST_F(ConvertModel, EveryStepCanBeSwitchedOffAndMatters) {
   without("fold", [](ConvertOptions& o) { o.layer.fold = false; });
   without("constants", [](ConvertOptions& o) { o.layer.constant = Constant::one; });
   without("least squares", [](ConvertOptions& o) { o.layer.constant = Constant::mean; });
-  without("refit of W_Q", [](ConvertOptions& o) { o.query_steps = 0; });
+  without("fit", [](ConvertOptions& o) { o.fit_passes = 0; });
   without("rotary base", [](ConvertOptions& o) { o.rope_theta = 3000; });
   without("balance", [](ConvertOptions& o) { o.layer.value_share = 0.5; });
   without("constant channel", [](ConvertOptions& o) { o.layer.latent_norm = LatentNorm::scale; });
@@ -165,7 +165,7 @@ TEST_F(ConvertModel, AnMqaModelWithBiasesIsTheSameModel) {
   ConvertOptions o = sized(17 + 16, 16);
   o.q_lora_rank = 50;
   for (bool refits : {false, true}) {
-    if (!refits) o.refit = Refit::none, o.refit_down = false, o.query_steps = 0;
+    if (!refits) o.refit = Refit::none, o.refit_down = false, o.fit_passes = 0;
     const Checkpoint ours = converted(original, o);
     EXPECT_EQ(read_config(ours).q_lora_rank, 50);
     for (MlaForm form : {MlaForm::absorbed, MlaForm::expanded})
@@ -246,13 +246,13 @@ TEST_F(ConvertModel, ARotaryBaseOfItsOwnKeepsFasterPairs) {
 TEST_F(ConvertModel, OneCalibrationServesManyConversions) {
   const Checkpoint original = random(llama(2));
   ConvertOptions o = sized(24, 8);
-  o.sequential = false, o.refit = Refit::none, o.refit_down = false, o.query_steps = 0;
+  o.sequential = false, o.refit = Refit::none, o.refit_down = false, o.fit_passes = 0;
   const std::vector<LayerCalibration> calibration = calibrate(original, calibration_, o, *device_);
   for (int64_t rank : {12, 24})
     for (int64_t d_R : {8, 16}) {
       o.layer.kv_lora_rank = rank, o.layer.qk_rope_head_dim = d_R;
       ConvertOptions alone = o;
-      alone.query_steps = 1;  // takes the way with streams; the latents do not know of it
+      alone.refit = Refit::layer;  // takes the way with streams; the latents do not know of it
       const Converted shared = convert(original, calibration, o, *device_), one = convert(original, calibration_, alone, *device_);
       for (const char* name : {"layers.0.attn.kv_a", "layers.1.attn.kv_b"})
         EXPECT_LT(distance(one.tensors.at(name), shared.tensors.at(name)), 1e-5) << name;
@@ -275,9 +275,9 @@ TEST_F(ConvertModel, RefitsBringTheStreamNearer) {
     }
     return out;
   };
-  const auto apart = [&](const char* name, Refit refit, bool down) {
+  const auto apart = [&](const char* name, Refit refit, bool down, int passes = 0) {
     ConvertOptions o = sized(24, 8);
-    o.refit = refit, o.refit_down = down;
+    o.refit = refit, o.refit_down = down, o.fit_passes = passes;
     return distance(stream(original, name), stream(converted(original, o), name));
   };
   for (const char* name : {"layers.0.attn.stream", "layers.0.stream"})
@@ -285,6 +285,8 @@ TEST_F(ConvertModel, RefitsBringTheStreamNearer) {
   EXPECT_LT(apart("layers.1.attn.stream", Refit::drift, false), apart("layers.1.attn.stream", Refit::layer, false));
   for (const char* name : {"layers.0.stream", "layers.1.stream"})
     EXPECT_LT(apart(name, Refit::drift, true), apart(name, Refit::drift, false)) << name;
+  for (const char* name : {"layers.0.attn.stream", "layers.1.attn.stream"})
+    EXPECT_LT(apart(name, Refit::none, false, 4), apart(name, Refit::none, false)) << name;
 }
 
 TEST_F(ConvertModel, MoreRankIsNearer) {
