@@ -54,8 +54,8 @@ class Conversion {
     if (config_.is_mla()) fail_input("{} has latent attention already", a_.path);
     if (a_.calibrate.empty()) fail_input("--calibrate is missing; it names a text of the kind that the model is for");
     parse_kv_type(a_.kv_type);
-    ConvertOptions o = read_steps(a_, checkpoint_, config_);
-    choose_sizes(a_, a_.cut, config_, o);
+    ConvertOptions o = read_steps(a_);
+    choose_sizes(a_, a_.cut, checkpoint_, config_, o);
     check_convertible(checkpoint_, config_, o);
     check_tensors(checkpoint_, config_);
     return o;
@@ -128,7 +128,7 @@ class Conversion {
         : options_.refit == Refit::layer ? "to its layer"
                                          : "to the original's stream",
         options_.output_ridge, options_.refit_down ? fmt::format(", W_down (λ {})", options_.down_ridge) : "",
-        options_.fit_passes > 0 ? fmt::format(", attention fitted in {} passes (rate {})", options_.fit_passes, options_.fit_rate) : "",
+        options_.fit_passes > 0 ? fmt::format(", attention fitted (passes {}, rate {})", options_.fit_passes, options_.fit_rate) : "",
         tokens / size_t(options_.window) * size_t(options_.window), a_.calibrate, options_.window,
         options_.sequential ? ", on the converted prefix" : "", std::exp(q.nll_before), std::exp(q.nll_after), q.scored, evaluated_on(),
         a_.kv_type, q.kl));
@@ -183,7 +183,7 @@ void add_convert(CLI::App& program, Work& work) {
   add_json(c, a->json);
   c.add_option("--cut", a->cut, "how much of the cache should go, as in 68.75%")->option_text("SHARE")->group("size");
   c.add_option("--kv-lora-rank", a->rank, "elements of the latent")->option_text("R")->group("size");
-  c.add_option("--rope-dim", a->rope_dim, "elements of the rotary key: the head's width, a half or a quarter (default: by the cut)")
+  c.add_option("--rope-dim", a->rope_dim, "elements of the rotary key, even and no more than the head's width (default: by the cut)")
       ->option_text("N")
       ->group("size");
   c.add_option("--calibrate", a->calibrate, "a text of the kind the model is for")->option_text("FILE")->group("text");

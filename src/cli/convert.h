@@ -33,9 +33,9 @@ struct ConvertArguments {
 };
 
 // The steps that the arguments ask for; sizes are chosen apart.
-ConvertOptions read_steps(const ConvertArguments& a, const Checkpoint& checkpoint, const Config& config);
+ConvertOptions read_steps(const ConvertArguments& a);
 // Sizes of the arguments: --kv-lora-rank and --rope-dim, or `cut`, the share of the cache that should go, as "68.75%".
-void choose_sizes(const ConvertArguments& a, const std::string& cut, const Config& config, ConvertOptions& o);
+void choose_sizes(const ConvertArguments& a, const std::string& cut, const Checkpoint& checkpoint, const Config& config, ConvertOptions& o);
 void skip_refits(ConvertOptions& o);
 
 // A text in windows of one length.

@@ -55,11 +55,12 @@ int64_t elements_left(const std::string& cut, int64_t whole) {
   return std::llround(double(whole) * (1 - percent / 100));
 }
 
-// Three quarters of the frequencies, the faster ones, hold what attention tells apart by. The less is left, the more a rotary pair is short
-// of what the latent would do with its two elements: fewer pairs then stand for all frequencies of that range (docs/conversion.md).
-int64_t rotary_width(int head_dim, double left) {
-  const double share = left >= 0.6 ? 3. / 4 : left >= 0.4 ? 3. / 8 : left >= 0.25 ? 1. / 4 : 3. / 16;
-  return 2 * std::max<int64_t>(1, std::llround(head_dim * share / 2));
+// Three quarters of the frequencies, the faster ones, hold what attention tells apart by. The less is left, the more a rotary pair's two
+// elements are worth to the latent: fewer pairs then stand for all frequencies of that range (docs/conversion.md).
+int64_t rotary_width(int head_dim, int64_t left, int64_t whole) {
+  const double rest = double(left) / double(whole);
+  const double share = rest >= 0.6 ? 3. / 4 : rest >= 0.4 ? 3. / 8 : rest >= 0.25 ? 1. / 4 : 3. / 16;
+  return 2 * std::clamp<int64_t>(std::llround(head_dim * share / 2), 1, std::max<int64_t>(left / 4, 1));  // half of it is the latent's
 }
 
 }  // namespace
@@ -70,24 +71,27 @@ void skip_refits(ConvertOptions& o) {
   o.fit_passes = 0;
 }
 
-void choose_sizes(const ConvertArguments& a, const std::string& cut, const Config& c, ConvertOptions& o) {
+void choose_sizes(const ConvertArguments& a, const std::string& cut, const Checkpoint& checkpoint, const Config& c, ConvertOptions& o) {
   const int64_t whole = c.kv_layout().row();
   if (a.rank < 0 || a.rope_dim < 0) fail_input("--kv-lora-rank is {} and --rope-dim {}; both must be positive", a.rank, a.rope_dim);
   if ((a.rank > 0) == !cut.empty())
     fail_input("give either --kv-lora-rank (with --rope-dim) or --cut, the share of the cache that should go");
   const int64_t left = a.rank > 0 ? a.rank + a.rope_dim : elements_left(cut, whole);
   const bool ours = a.preset == "mla";
-  int64_t d_R = ours ? rotary_width(c.head_dim, double(left) / double(whole)) : c.head_dim;
+  int64_t d_R = ours ? rotary_width(c.head_dim, left, whole) : c.head_dim;
   if (!ours && 2 * left < whole && c.head_dim % 4 == 0) d_R = c.head_dim / 2;  // the best of theirs, which have the model's own base
   o.layer.qk_rope_head_dim = a.rope_dim > 0 ? a.rope_dim : d_R;
   if (ours && a.rope_theta == 0 && o.layer.qk_rope_head_dim < c.head_dim) o.rope_theta = std::pow(c.rope_theta, 0.75);
   o.layer.kv_lora_rank = a.rank > 0 ? a.rank : left - o.layer.qk_rope_head_dim;
+  // Biases of queries need a query latent; in one as wide as the queries are, nothing is lost.
+  if (o.q_lora_rank == 0 && has_biases(checkpoint))
+    o.q_lora_rank = std::min<int64_t>(c.num_attention_heads * (c.head_dim + o.layer.qk_rope_head_dim), c.hidden_size + 1) + 1;
   if (o.layer.kv_lora_rank + o.layer.qk_rope_head_dim >= whole)
     fail_input("{} + {} elements are no less than the {} that the model keeps now; ask for a smaller latent", o.layer.kv_lora_rank,
                o.layer.qk_rope_head_dim, whole);
 }
 
-ConvertOptions read_steps(const ConvertArguments& a, const Checkpoint& checkpoint, const Config& config) {
+ConvertOptions read_steps(const ConvertArguments& a) {
   ConvertOptions o = preset_options(a.preset);
   LayerOptions& l = o.layer;
   if (!a.method.empty()) {
@@ -127,9 +131,6 @@ ConvertOptions read_steps(const ConvertArguments& a, const Checkpoint& checkpoin
   const auto type = parse_dtype(a.type);
   if (!type) fail_input("--type is \"{}\"; give bf16 or f32", a.type);
   o.type = *type;
-  // Biases of queries need a query latent; in one as wide as the queries are, nothing is lost.
-  if (o.q_lora_rank == 0 && has_biases(checkpoint))
-    o.q_lora_rank = std::min<int64_t>(config.num_attention_heads * config.head_dim, config.hidden_size + 1) + 1;
   return o;
 }
 

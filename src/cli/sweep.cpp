@@ -106,9 +106,9 @@ class Sweep {
   Point point(const std::string& cut, const std::string& method, const std::string& weights) const {
     ConvertArguments one = a_;
     one.method = method;
-    Point p{cut, weights, read_steps(one, checkpoint_, config_), {}};
+    Point p{cut, weights, read_steps(one), {}};
     skip_refits(p.options);
-    choose_sizes(a_, cut, config_, p.options);
+    choose_sizes(a_, cut, checkpoint_, config_, p.options);
     if (weights != "none" && weights != "activations" && weights != "metric")
       fail_input("--sweep-weights has \"{}\"; known are none, activations and metric", weights);
     p.options.layer.activations = weights != "none";

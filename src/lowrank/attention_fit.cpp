@@ -29,13 +29,15 @@ void product(Threads& threads, Transposed which, int64_t m, int64_t n, int64_t k
 
 std::vector<float> narrow(const double* from, int64_t n) { return {from, from + n}; }
 
-double root_mean_square(const std::vector<float>& x) {
+// Of the first `counted` of each row's `cols` elements.
+double root_mean_square(const std::vector<float>& x, int64_t cols, int64_t counted) {
   double sum = 0;
-  for (float v : x) sum += double(v) * double(v);
-  return std::sqrt(sum / double(std::max<size_t>(x.size(), 1)));
+  for (size_t i = 0; i < x.size(); ++i)
+    if (int64_t(i) % cols < counted) sum += double(x[i]) * double(x[i]);
+  return std::sqrt(sum * double(cols) / double(counted) / double(std::max<size_t>(x.size(), 1)));
 }
 
-// Rotary pairs (2i, 2i + 1) of each row's last n·2 elements by the angles of the row, or back by them.
+// The n rotary pairs (2i, 2i + 1) that each row starts with, by the angles of the row, or back by them.
 void turn(float* rows, int64_t count, int64_t stride, const float* turns, int64_t n, bool back) {
   for (int64_t t = 0; t < count; ++t)
     for (int64_t p = 0; p < n; ++p) {
@@ -61,7 +63,8 @@ AttentionFit::AttentionFit(const FitShape& shape, const MlaMatrices& start, Thre
   gradient_ = mean_ = square_ = weights_;
   for (FitWeights* sums : {&mean_, &square_})
     for (std::vector<float>* x : sums->all()) std::ranges::fill(*x, 0.0F);
-  for (size_t i = 0; i < spread_.size(); ++i) spread_[i] = root_mean_square(*weights_.all()[i]);
+  const std::array<int64_t, 6> cols{D, D, D, r, r, h * d}, counted{s_.stream, s_.stream, s_.stream, r, r, h * d};
+  for (size_t i = 0; i < spread_.size(); ++i) spread_[i] = root_mean_square(*weights_.all()[i], cols[i], std::min(cols[i], counted[i]));
   for (int64_t t = 0; t < T; ++t)
     for (double f : s_.frequencies) turns_.push_back(float(std::cos(f * double(t)))), turns_.push_back(float(std::sin(f * double(t))));
   for (std::vector<float>* x : {&queries_, &d_queries_}) x->resize(size_t(T * h * w));
@@ -70,8 +73,18 @@ AttentionFit::AttentionFit(const FitShape& shape, const MlaMatrices& start, Thre
   rotary_.resize(size_t(T * s_.d_R)), d_rotary_.resize(size_t(h * T * s_.d_R)), output_.resize(size_t(T * s_.stream));
 }
 
-double AttentionFit::differentiate(const FitWindow& window) {
+double AttentionFit::error(const FitWindow& window) {
   forward(window);
+  return subtract_target(window);
+}
+
+double AttentionFit::differentiate(const FitWindow& window) {
+  const double error = this->error(window);
+  backward(window);
+  return error;
+}
+
+double AttentionFit::subtract_target(const FitWindow& window) {
   double error = 0;
   for (int64_t t = 0; t < s_.window; ++t)
     for (int64_t i = t * s_.stream; i < (t + 1) * s_.stream; ++i) {
@@ -79,7 +92,6 @@ double AttentionFit::differentiate(const FitWindow& window) {
       error += double(window.weight[t]) * double(lacks) * double(lacks);
       output_[size_t(i)] = 2 * window.weight[t] * lacks;
     }
-  backward(window);
   return error;
 }
 
@@ -134,7 +146,7 @@ void AttentionFit::backward(const FitWindow& window) {
 // One head: its outputs, or with `back` the gradients of its queries, keys and values from those of its outputs.
 void AttentionFit::attend(int64_t head, bool back) {
   const int64_t T = s_.window, h = s_.gqa.heads, d = s_.gqa.head_dim, d_R = s_.d_R, w = s_.query_width();
-  const auto stride = blasint(h * d), wide = blasint(w), narrow = blasint(d), q_stride = blasint(h * w);
+  const auto stride = blasint(h * d), wide = blasint(w), width = blasint(d), q_stride = blasint(h * w);
   std::vector<float> keys(size_t(T * w)), d_keys(back ? size_t(T * w) : 0);
   for (int64_t t = 0; t < T; ++t) {
     std::copy_n(keys_.data() + (t * h + head) * d, d, keys.data() + t * w);
@@ -150,17 +162,17 @@ void AttentionFit::attend(int64_t head, bool back) {
     cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, m, seen, wide, s_.scale, query, q_stride, keys.data(), wide, 0, p.data(), seen);
     causal_softmax(p.data(), from, rows, cols);
     if (!back) {
-      cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, m, narrow, seen, 1, p.data(), seen, values_.data() + head * d, stride, 0, out,
+      cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, m, width, seen, 1, p.data(), seen, values_.data() + head * d, stride, 0, out,
                   stride);
       continue;
     }
     const float* d_out = d_attended_.data() + (from * h + head) * d;
-    cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, seen, narrow, m, 1, p.data(), seen, d_out, stride, 1, d_values_.data() + head * d,
+    cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, seen, width, m, 1, p.data(), seen, d_out, stride, 1, d_values_.data() + head * d,
                 stride);
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, m, seen, narrow, 1, d_out, stride, values_.data() + head * d, stride, 0,
-                d_p.data(), seen);
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, m, seen, width, 1, d_out, stride, values_.data() + head * d, stride, 0, d_p.data(),
+                seen);
     for (int64_t i = 0; i < rows; ++i) {  // of scores: P (dP − Σ P dP), and the sum is that of outputs and their gradients
-      const float mean = cblas_sdot(narrow, out + i * stride, 1, d_out + i * stride, 1);
+      const float mean = cblas_sdot(width, out + i * stride, 1, d_out + i * stride, 1);
       for (int64_t s = i * cols; s < (i + 1) * cols; ++s) d_p[size_t(s)] = p[size_t(s)] * (d_p[size_t(s)] - mean) * s_.scale;
     }
     cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, m, wide, seen, 1, d_p.data(), seen, keys.data(), wide, 0,
@@ -178,15 +190,15 @@ void AttentionFit::move(double rate) {
   const double first = 1 - std::pow(first_decay, double(steps_)), second = 1 - std::pow(second_decay, double(steps_));
   for (size_t k = 0; k < spread_.size(); ++k) {
     std::vector<float>&w = *weights_.all()[k], &g = *gradient_.all()[k], &m = *mean_.all()[k], &v = *square_.all()[k];
-    const auto far = float(rate * spread_[k] / first), decay = float(first_decay), fade = float(second_decay);
+    const auto length = float(rate * spread_[k] / first), beta1 = float(first_decay), beta2 = float(second_decay);
     const auto correct = float(1 / second);
     constexpr int64_t block = 16384;
     threads_.parallel((int64_t(w.size()) + block - 1) / block, [&](int64_t task, int) {
       for (int64_t i = task * block; i < std::min(int64_t(w.size()), (task + 1) * block); ++i) {
         const auto j = size_t(i);
-        m[j] = decay * m[j] + (1 - decay) * g[j];
-        v[j] = fade * v[j] + (1 - fade) * g[j] * g[j];
-        w[j] -= far * m[j] / (std::sqrt(v[j] * correct) + 1e-20F);
+        m[j] = beta1 * m[j] + (1 - beta1) * g[j];
+        v[j] = beta2 * v[j] + (1 - beta2) * g[j] * g[j];
+        w[j] -= length * m[j] / (std::sqrt(v[j] * correct) + 1e-20F);
       }
     });
   }

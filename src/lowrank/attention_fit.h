@@ -30,12 +30,14 @@ struct FitWeights {
 };
 
 // Everything is fitted at once, since keys, values and queries share the latent: Adam on Σ w ‖target − output‖², a window a step. The norm
-// on the latent is left out; a matrix moves by `rate` of the root mean square that it started with. The same for any number of threads.
+// on the latent is left out. A matrix moves by `rate` of the root mean square that it started with, a column of biases left out of that.
+// The same for any number of threads, if BLAS has one.
 class AttentionFit {
  public:
   AttentionFit(const FitShape& shape, const MlaMatrices& start, Threads& threads);  // start: before neutralise_norm
 
-  // Σ w ‖target − output‖², with its gradient in gradient().
+  double error(const FitWindow& window);  // Σ w ‖target − output‖²
+  // The same, with its gradient in gradient().
   double differentiate(const FitWindow& window);
   void move(double rate);  // against the gradient
   void put(MlaMatrices& m) const;
@@ -45,6 +47,7 @@ class AttentionFit {
 
  private:
   void forward(const FitWindow& window);
+  double subtract_target(const FitWindow& window);  // leaves the gradient of the outputs in output_
   void backward(const FitWindow& window);
   void attend(int64_t head, bool back);
 

@@ -288,39 +288,54 @@ class Converter {
     each_batch([&](const Batch& b) { gqa_run_->attend(original_.gqa(), b.stream(theirs_, config_.hidden_size)); });
   }
 
-  // Moves the converted attention to what the original's stream has behind it, as a share of that stream, token by token.
+  // Moves the converted attention to what the original's stream has behind it, as a share of that stream, token by token. Steps are as long
+  // for a small error as for a large one: a layer that a look at some windows finds no nearer keeps what it had.
   void fit(MlaMatrices& m) {
-    const int64_t T = o_.window, D = config_.hidden_size, steps = o_.fit_passes * windows_;
     const Config& c = out_.config;
     const double gone = 1 - double(c.kv_layout().row()) / double(config_.kv_layout().row());
-    AttentionFit fit({shape_, T, c.kv_lora_rank, c.qk_rope_head_dim, D, float(c.softmax_scale()), rope_frequencies(c)}, m,
-                     device_.threads());
-    const std::vector<double> bias = output_bias();
-    std::vector<float> inputs, target(size_t(T * D)), weight(static_cast<size_t>(T));
+    const int64_t steps = o_.fit_passes * windows_, looks = std::min<int64_t>(windows_, 4);
+    if (gone <= 0) return;
+    AttentionFit fit(
+        {shape_, o_.window, c.kv_lora_rank, c.qk_rope_head_dim, config_.hidden_size, float(c.softmax_scale()), rope_frequencies(c)}, m,
+        device_.threads());
+    FitTarget target;
+    const auto look = [&] {
+      double sum = 0;
+      for (int64_t i = 0; i < looks; ++i) sum += fit.error(fit_target(i * windows_ / looks, target));
+      return sum;
+    };
+    const double before = look();
     std::vector<int64_t> order(static_cast<size_t>(windows_));
     for (int64_t step = 0; step < steps; ++step) {
       tick(double(step) / double(steps));
-      if (step % windows_ == 0) shuffle(order, uint64_t(step));
-      const Batch window{order[size_t(step % windows_)] * T, T};
-      const float *ours = window.stream(ours_, D).f32(), *theirs = window.stream(theirs_, D).f32();
-      original_.attention_inputs(window.stream(ours_, D), inputs);
-      double whole = 0;
-      for (int64_t t = 0; t < T; ++t) {
-        double energy = 1e-30, wanted = 0;
-        for (int64_t i = t * D; i < (t + 1) * D; ++i) {
-          target[size_t(i)] = theirs[i] - ours[i] - float(bias[size_t(i % D)]);
-          energy += double(theirs[i]) * double(theirs[i]);
-          wanted += double(target[size_t(i)]) * double(target[size_t(i)]);
-        }
-        weight[size_t(t)] = float(1 / energy), whole += wanted / energy;
-      }
-      // What is exact but for rounding stays so.
-      if (fit.differentiate({inputs.data(), target.data(), weight.data()}) < 1e-6 * whole) continue;
+      if (step % windows_ == 0) shuffle(order, uint64_t(step / windows_));
+      fit.differentiate(fit_target(order[size_t(step % windows_)], target));
       const double warm = std::min(1.0, double(step + 1) / 5), fade = 0.5 + 0.5 * std::cos(std::numbers::pi * double(step) / double(steps));
-      fit.move(o_.fit_rate * std::max(gone, 0.0) * warm * fade);
+      fit.move(o_.fit_rate * gone * warm * fade);
     }
     ++phase_;
-    fit.put(m);
+    if (look() < before) fit.put(m);
+  }
+
+  struct FitTarget {
+    std::vector<float> inputs, lacks, weight;
+  };
+  FitWindow fit_target(int64_t window, FitTarget& out) {
+    const int64_t T = o_.window, D = config_.hidden_size;
+    const Batch batch{window * T, T};
+    const float *ours = batch.stream(ours_, D).f32(), *theirs = batch.stream(theirs_, D).f32();
+    const Tensor& bias = original_.gqa().o_bias;
+    original_.attention_inputs(batch.stream(ours_, D), out.inputs);
+    out.lacks.resize(size_t(T * D)), out.weight.resize(size_t(T));
+    for (int64_t t = 0; t < T; ++t) {
+      double energy = 1e-30;
+      for (int64_t i = t * D; i < (t + 1) * D; ++i) {
+        out.lacks[size_t(i)] = theirs[i] - ours[i] - (bias.data ? bias.f32()[i % D] : 0);
+        energy += double(theirs[i]) * double(theirs[i]);
+      }
+      out.weight[size_t(t)] = float(1 / energy);
+    }
+    return {out.inputs.data(), out.lacks.data(), out.weight.data()};
   }
 
   void shuffle(std::vector<int64_t>& order, uint64_t pass) const {

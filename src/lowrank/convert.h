@@ -56,7 +56,7 @@ Converted convert(const Checkpoint& checkpoint, std::span<const int32_t> tokens,
 // One calibration for many conversions: every layer on the original's stream.
 std::vector<LayerCalibration> calibrate(const Checkpoint& checkpoint, std::span<const int32_t> tokens, const ConvertOptions& options,
                                         Device& device, const Progress& progress = {});
-// From it, with nothing refitted; options that say how to calibrate or what to refit count for nothing.
+// From it, with nothing refitted; options that say how to calibrate or what to fit or refit count for nothing.
 Converted convert(const Checkpoint& checkpoint, std::span<const LayerCalibration> calibration, const ConvertOptions& options,
                   Device& device, const Progress& progress = {});
 

@@ -50,12 +50,13 @@ struct LayerMoments {
   std::vector<std::complex<double>> constants, folded;
 };
 
-struct MlaMatrices {                         // before neutralise_norm: no bias, no norm, and what stands in `kv_a` meets kv_b as it is
+// Of factor_layer, bias and norm are empty and kv_b meets the latent as it is; neutralise_norm fills them.
+struct MlaMatrices {
   Matrix q;                                  // [h (d + d_R), D], scaled for the softmax of d + d_R
   Matrix kv_a;                               // [r + d_R, D]
   std::vector<double> kv_a_bias, kv_a_norm;  // [r + d_R], [r]
   Matrix kv_b;                               // [h (d + d), r]
-  Matrix o;                                  // [D, h d]
+  Matrix o;                                  // [stream, h d]
 };
 
 // What makes the RMSNorm on a latent harmless: `weight` behind it, `bias` of the latent, whose last element may be the constant; what reads

@@ -289,6 +289,40 @@ TEST_F(ConvertModel, RefitsBringTheStreamNearer) {
     EXPECT_LT(apart(name, Refit::none, false, 4), apart(name, Refit::none, false)) << name;
 }
 
+// Biases far above the weights, as Qwen2's keys have, say nothing of how far weights may move.
+TEST_F(ConvertModel, TheFitStandsLargeBiases) {
+  const Config config = llama(2, {{"attention_bias", true}});
+  const Checkpoint base = random(config, "base");
+  Replacement instead{config, {}, {}};
+  for (int l = 0; l < 2; ++l) {
+    const std::string name = fmt::format("layers.{}.attn.k.bias", l);
+    const Tensor& t = base.get(name).value;
+    for (int64_t i = 0; i < t.count(); ++i) instead.tensors[name].push_back(t.f32()[i] + (i % 2 ? 30.0F : -30.0F));
+  }
+  export_hf(base, instead, folder_.path / "biased", DType::f32, device_->threads());
+  const Checkpoint original = Checkpoint::open(folder_.path / "biased");
+  const std::vector<float> theirs = logits(original, *device_, calibration_);
+  const auto lost = [&](int passes) {
+    ConvertOptions o = sized(24, 8);
+    o.q_lora_rank = 50;
+    o.fit_passes = passes;
+    return distance(theirs, logits(converted(original, o), *device_, calibration_));
+  };
+  EXPECT_LT(lost(4), lost(0));
+}
+
+// Windows of more than one tile, of which fewer than eight go through a layer at once, and of more than go through at once.
+TEST_F(ConvertModel, LongWindowsAreTheSameModelToo) {
+  const Checkpoint original = random(llama(1, {{"max_position_embeddings", 8192}}));
+  const std::vector<float> theirs = logits(original, *device_, text_);
+  calibration_ = random_ids(4200, 1);
+  for (int64_t window : {1050, 4200}) {
+    ConvertOptions o = sized(17, 16);
+    o.window = window;
+    EXPECT_LT(distance(theirs, logits(converted(original, o), *device_, text_)), 1e-4) << window;
+  }
+}
+
 TEST_F(ConvertModel, MoreRankIsNearer) {
   const Checkpoint original = random(llama(2));
   const std::vector<float> theirs = logits(original, *device_, calibration_);
@@ -442,7 +476,7 @@ TEST(Constants, AreTheWeightedMeansOfTheRotations) {
   for (bool interleaved : {false, true})
     for (Constant which : {Constant::mean, Constant::least_squares}) {
       const GqaShape s{4, 2, 6, 10, interleaved};
-      constexpr int64_t T = 11;
+      constexpr int64_t T = 141;  // two tiles of queries
       const std::vector<double> frequencies{1, 0.3, 0.01};
       std::vector<float> q(T * 4 * 6), k(T * 2 * 6);
       for (size_t i = 0; i < q.size(); ++i) q[i] = float(random_normal(5, i));
