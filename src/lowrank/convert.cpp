@@ -508,12 +508,12 @@ void check_convertible(const Checkpoint& checkpoint, const Config& config, const
       fail_input(
           "a rotary width of {} over a base of {} has pairs that none of the model's is nearest to; take a narrower one or a larger base",
           o.layer.qk_rope_head_dim, converted_config(config, o).rope_theta);
+  if (has_biases(checkpoint) && (o.q_lora_rank == 0 || o.layer.latent_norm != LatentNorm::constant))
+    fail_input("the model has biases, which need a query latent and the latents' norms held by a constant");
   const int64_t queries = std::min(shape.heads * (shape.head_dim + o.layer.qk_rope_head_dim), shape.hidden);
   const int64_t spare = o.layer.latent_norm == LatentNorm::scale ? 0 : 1;
   if (o.q_lora_rank != 0 && (o.q_lora_rank < 1 + spare || o.q_lora_rank > queries + spare))
     fail_input("a query latent of {} elements does not fit; give {} to {}", o.q_lora_rank, 1 + spare, queries + spare);
-  if (has_biases(checkpoint) && (o.q_lora_rank == 0 || o.layer.latent_norm != LatentNorm::constant))
-    fail_input("the model has biases, which need a query latent and the latents' norms held by a constant");
   if (checkpoint.find("layers.0.attn.o.bias") && o.layer.latent_norm != LatentNorm::constant)
     fail_input("the model has a bias behind W_O, which needs the latent's norm held by a constant");
 }
