@@ -40,7 +40,7 @@ ConvertOptions preset_options(const std::string& preset) {
   return o;
 }
 
-double ridge(const std::optional<double>& given, const char* option, double usual) {
+double not_negative(const std::optional<double>& given, const char* option, double usual) {
   if (given && (!(*given >= 0) || !std::isfinite(*given))) fail_input("{} is {}; give 0 or more", option, *given);
   return given.value_or(usual);
 }
@@ -122,10 +122,9 @@ ConvertOptions read_steps(const ConvertArguments& a) {
   if (a.tokens < 1) fail_input("--calibration-tokens is {}; give 1 or more", a.tokens);
   if (a.fit_passes.value_or(0) < 0) fail_input("--fit-passes is {}; give 0 or more", *a.fit_passes);
   o.fit_passes = a.fit_passes.value_or(o.fit_passes);
-  if (a.fit_rate && (!(*a.fit_rate >= 0) || !std::isfinite(*a.fit_rate))) fail_input("--fit-rate is {}; give 0 or more", *a.fit_rate);
-  o.fit_rate = a.fit_rate.value_or(o.fit_rate);
-  o.output_ridge = ridge(a.output_ridge, "--output-ridge", o.output_ridge);
-  o.down_ridge = ridge(a.down_ridge, "--down-ridge", o.down_ridge);
+  o.fit_rate = not_negative(a.fit_rate, "--fit-rate", o.fit_rate);
+  o.output_ridge = not_negative(a.output_ridge, "--output-ridge", o.output_ridge);
+  o.down_ridge = not_negative(a.down_ridge, "--down-ridge", o.down_ridge);
   o.rope_theta = a.rope_theta;
   o.q_lora_rank = a.query_rank;
   const auto type = parse_dtype(a.type);

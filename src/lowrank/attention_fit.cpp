@@ -12,7 +12,6 @@
 namespace mla {
 namespace {
 
-constexpr int64_t tile_rows = 128;
 constexpr double first_decay = 0.9, second_decay = 0.95;  // of Adam's means, short since a layer sees some hundred windows at most
 
 // C [m, n] = op(A) op(B) of row-major matrices with rows of lda, ldb and n; a block of C's rows a task, each with BLAS to itself.
@@ -152,10 +151,10 @@ void AttentionFit::attend(int64_t head, bool back) {
     std::copy_n(keys_.data() + (t * h + head) * d, d, keys.data() + t * w);
     std::copy_n(rotary_.data() + t * d_R, d_R, keys.data() + t * w + d);
   }
-  std::vector<float> p(size_t(tile_rows * T)), d_p(back ? p.size() : 0);
+  std::vector<float> p(size_t(score_tile_rows * T)), d_p(back ? p.size() : 0);
   for (int64_t t = 0; back && t < T; ++t) std::fill_n(d_values_.data() + (t * h + head) * d, d, 0.0F);
-  for (int64_t from = 0; from < T; from += tile_rows) {
-    const int64_t rows = std::min(tile_rows, T - from), cols = from + rows;
+  for (int64_t from = 0; from < T; from += score_tile_rows) {
+    const int64_t rows = std::min(score_tile_rows, T - from), cols = from + rows;
     const auto m = blasint(rows), seen = blasint(cols);
     const float* query = queries_.data() + (from * h + head) * w;
     float* out = attended_.data() + (from * h + head) * d;

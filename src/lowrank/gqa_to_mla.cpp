@@ -307,11 +307,4 @@ MlaMatrices factor_layer(const GqaShape& shape, const GqaMatrices& w, const Laye
   return Conversion(shape, w, moments, options).run();
 }
 
-MlaMatrices convert_layer(const GqaShape& shape, const GqaMatrices& w, const LayerMoments& moments, const LayerOptions& options,
-                          double norm_eps) {
-  MlaMatrices m = factor_layer(shape, w, moments, options);
-  neutralise_norm(m, options.kv_lora_rank, options.latent_norm, moments, norm_eps);
-  return m;
-}
-
 }  // namespace mla

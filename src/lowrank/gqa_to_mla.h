@@ -71,9 +71,7 @@ void neutralise_norm(MlaMatrices& m, int64_t rank, LatentNorm which, const Layer
 
 // Raises Error where rank or rotary width do not fit the shape.
 void check_layer_options(const GqaShape& shape, const LayerOptions& options);
-// Without and with the latent's norm, whose ε is `norm_eps`.
+// Without the latent's norm, which neutralise_norm adds.
 MlaMatrices factor_layer(const GqaShape& shape, const GqaMatrices& w, const LayerMoments& moments, const LayerOptions& options);
-MlaMatrices convert_layer(const GqaShape& shape, const GqaMatrices& w, const LayerMoments& moments, const LayerOptions& options,
-                          double norm_eps);
 
 }  // namespace mla

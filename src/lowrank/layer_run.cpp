@@ -159,11 +159,10 @@ std::vector<float> DistanceSums::energies(const Tensor& x, int64_t head) const {
 
 void DistanceSums::add_head(int64_t head, const Tensor& q, const Tensor& k, float scale) {
   const int64_t T = window_, F = shape_.pairs(), group = head / (shape_.heads / shape_.groups);
-  constexpr int64_t tile_rows = 128;  // of queries, whose scores fit in a cache
-  std::vector<float> scores(size_t(tile_rows * T)), paid(size_t(T * F));
+  std::vector<float> scores(size_t(score_tile_rows * T)), paid(size_t(T * F));
   const std::vector<float> queries = energies(q, head), keys = energies(k, group);
-  for (int64_t from = 0; from < T; from += tile_rows) {
-    const int64_t rows = std::min(tile_rows, T - from), cols = from + rows;
+  for (int64_t from = 0; from < T; from += score_tile_rows) {
+    const int64_t rows = std::min(score_tile_rows, T - from), cols = from + rows;
     cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, blasint(rows), blasint(cols), blasint(shape_.head_dim), scale,
                 q.f32() + from * q.stride[0] + head * q.stride[1], blasint(q.stride[0]), k.f32() + group * k.stride[1],
                 blasint(k.stride[0]), 0, scores.data(), blasint(cols));

@@ -72,6 +72,8 @@ class DistanceSums {
   std::vector<double> paid_;  // [h, T, d/2]
 };
 
+// Scores are formed a tile of queries at a time, which stays in the cache and leaves out what no query of it sees.
+constexpr int64_t score_tile_rows = 128;
 // Scores [rows, cols] of the queries at positions from `from` on, as probabilities in place; those of later keys are 0.
 void causal_softmax(float* scores, int64_t from, int64_t rows, int64_t cols);
 

@@ -92,6 +92,12 @@ LayerOptions full(const GqaShape& s, int64_t d_R) {
   return o;
 }
 
+MlaMatrices convert_layer(const GqaShape& s, const GqaMatrices& w, const LayerMoments& moments, const LayerOptions& o, double norm_eps) {
+  MlaMatrices m = factor_layer(s, w, moments, o);
+  neutralise_norm(m, o.kv_lora_rank, o.latent_norm, moments, norm_eps);
+  return m;
+}
+
 // The merge of the heads into one latent: at full rank, and without any rotation, nothing is lost, for any rotary width and method.
 TEST(ConvertLayer, MergingTheHeadsIsExactAtFullRank) {
   for (bool interleaved : {false, true})
