@@ -7,12 +7,15 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <ostream>
 #include <string>
 #include <vector>
 
 namespace mla {
+
+constexpr float nan = std::numeric_limits<float>::quiet_NaN();  // what outputs hold before they are written
 
 // Operations on tensors of the host by a device with memory of its own.
 class FromHost : public Device {

@@ -40,8 +40,6 @@ struct Row {
   std::vector<Ceilings> ceilings;
 };
 
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
 // The median of one of the ceilings over a row's samples.
 double middle(const std::vector<Ceilings>& samples, double Ceilings::*what) {
   std::vector<double> values;

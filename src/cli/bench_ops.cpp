@@ -2,6 +2,7 @@
 #include "cli/bench.h"
 #include "cli/filled.h"
 #include "cli/interrupt.h"
+#include "cli/progress.h"
 #include "core/check.h"
 #include "core/random.h"
 
@@ -11,8 +12,6 @@
 
 namespace mla {
 namespace {
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 class OpBench {
  public:

@@ -49,13 +49,11 @@ struct Measured {
   std::vector<Speed> speeds;
 };
 
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
 // Decode attention of one token over random caches, as it is in the model: every layer has a cache of its own, so that rows come from
 // memory and not from the processor's caches. Where all layers take too much memory, fewer are measured and the time is scaled.
-class Bench {
+class CacheBench {
  public:
-  Bench(const Config& config, const CompareOptions& o, Device& device)
+  CacheBench(const Config& config, const CompareOptions& o, Device& device)
       : config_(config), repeat_(o.repeat), type_(parse_kv_type(o.kv_type)), device_(device) {}
 
   Measured measure(const AttentionKind& kind, const std::vector<int64_t>& depths, const std::function<void(double)>& progress) {
@@ -183,7 +181,7 @@ void compare(const CompareOptions& o) {
   const Config config =
       std::filesystem::path(o.path).extension() == ".json" ? read_config_file(o.path) : read_config(Checkpoint::open(o.path));
   const auto device = o.machine.open();
-  Bench bench(config, o, *device);
+  CacheBench bench(config, o, *device);
   std::vector<Measured> all;
   ProgressBar bar("measuring");
   const auto kinds = four_attentions(config);

@@ -2,10 +2,13 @@
 #include "cli/command.h"
 #include "cli/help.h"
 #include "cli/interrupt.h"
+#include "cli/machine.h"
 #include "core/check.h"
+#include "lowrank/matrix.h"
 
 #include <CLI/CLI.hpp>
 
+#include <algorithm>
 #include <cstdio>
 #include <new>
 
@@ -70,6 +73,9 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   using namespace mla;
+  const auto sets = instruction_sets();
+  const auto has = [&](const char* set) { return std::ranges::find(sets, set) != sets.end(); };
+  restart_on_better_core(argv, has("avx2") && has("fma"), has("avx512f") && has("avx512bw") && has("avx512vl"));
   try {
     return run(argc, argv);
   } catch (const Error& error) {

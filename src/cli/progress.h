@@ -24,5 +24,6 @@ class ProgressBar {
 };
 
 bool stderr_is_terminal();
+double now();  // seconds of a clock that never goes back
 
 }  // namespace mla

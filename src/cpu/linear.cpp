@@ -10,7 +10,7 @@ namespace mla {
 namespace {
 
 // Activations x[i, h] of tokens i and heads h; strides in elements.
-struct Inputs {
+struct Activations {
   const float* x;
   int64_t token, head;
   int64_t n, heads;
@@ -31,7 +31,7 @@ struct Job {
 constexpr int64_t tokens_per_piece = 128;  // a multiple of every tile
 
 // The activations as the job wants them, in the device's scratch; x itself where it already is a record.
-const std::byte* write_acts(CpuDevice& device, const Inputs& in, const Job& job) {
+const std::byte* write_acts(CpuDevice& device, const Activations& in, const Job& job) {
   const PackedShape& shape = job.shape;
   const int64_t cols = job.w->cols;
   if (shape.acts.kind == ActKind::f32 && in.n == 1 && in.heads == 1 && cols % act_block == 0)
@@ -50,7 +50,7 @@ const std::byte* write_acts(CpuDevice& device, const Inputs& in, const Job& job)
   return acts;
 }
 
-void multiply_piece(CpuDevice& device, const Inputs& in, const Job& job, int64_t item) {
+void multiply_piece(CpuDevice& device, const Activations& in, const Job& job, int64_t item) {
   const PackedShape& shape = job.shape;
   const int64_t token_pieces = (in.n + tokens_per_piece - 1) / tokens_per_piece;
   const int64_t h = item / (job.row_pieces * token_pieces), first = item / token_pieces % job.row_pieces * job.piece;
@@ -67,7 +67,7 @@ void multiply_piece(CpuDevice& device, const Inputs& in, const Job& job, int64_t
 }
 
 // All jobs in one loop over the threads; those that want the same activations share them.
-void multiply(CpuDevice& device, const Inputs& in, std::span<Job> jobs) {
+void multiply(CpuDevice& device, const Activations& in, std::span<Job> jobs) {
   if (in.n == 0) return;
   ArenaScope scope(device.scratch());
   const int64_t token_pieces = (in.n + tokens_per_piece - 1) / tokens_per_piece;

@@ -13,7 +13,7 @@ namespace {
 using nlohmann::json;
 
 constexpr uint64_t max_header = 100'000'000;
-constexpr size_t max_rank = 16;
+constexpr size_t max_dimensions = 16;
 
 struct Type {
   std::string_view name;
@@ -54,8 +54,8 @@ ListedTensor list_one(const std::string& name, const json& entry, uint64_t data_
   ListedTensor t{name, std::string(type.name), type.dtype, {}, 0, 0};
 
   const json& shape = member(entry, "shape", what, name);
-  if (!shape.is_array() || shape.size() > max_rank)
-    fail_input("{}: the shape of the tensor {} is no array of at most {} numbers", what, name, max_rank);
+  if (!shape.is_array() || shape.size() > max_dimensions)
+    fail_input("{}: the shape of the tensor {} is no array of at most {} numbers", what, name, max_dimensions);
   uint64_t bytes = type.bytes;
   for (const json& n : shape) {
     const uint64_t size = whole(n, what, name, "the shape");

@@ -21,6 +21,7 @@ struct TensorPlan {
   DType dtype;
   std::vector<int64_t> shape;  // outermost first
 };
+int64_t bytes_of(const TensorPlan& plan);
 
 class ModelWriter {
  public:

@@ -2,6 +2,7 @@
 #include "io/writer_file.h"
 
 #include "core/check.h"
+#include "io/writer.h"
 
 #include <fcntl.h>
 #include <sys/statvfs.h>
@@ -13,6 +14,13 @@
 #include <array>
 
 namespace mla {
+
+int64_t bytes_of(const TensorPlan& plan) {
+  int64_t count = 1;
+  for (int64_t n : plan.shape) count *= n;
+  CHECK(plan.shape.back() % info(plan.dtype).block == 0, "{}: rows of {} as {}", plan.name, plan.shape.back(), info(plan.dtype).name);
+  return row_bytes(plan.dtype, count);
+}
 
 void check_disk_space(const std::filesystem::path& folder, int64_t bytes) {
   struct statvfs disk {};

@@ -95,13 +95,6 @@ class Header {
 
 int64_t padded(int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
 
-int64_t bytes_of(const TensorPlan& plan) {
-  int64_t count = 1;
-  for (int64_t n : plan.shape) count *= n;
-  CHECK(plan.shape.back() % info(plan.dtype).block == 0, "{}: rows of {} as {}", plan.name, plan.shape.back(), info(plan.dtype).name);
-  return row_bytes(plan.dtype, count);
-}
-
 class GgufWriter : public ModelWriter {
  public:
   GgufWriter(const std::filesystem::path& path, const json& metadata, const std::vector<TensorPlan>& tensors) : file_(path) {

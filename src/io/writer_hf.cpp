@@ -24,12 +24,6 @@ std::string_view safetensors_type(DType type) {
   }
 }
 
-int64_t bytes_of(const TensorPlan& plan) {
-  int64_t count = 1;
-  for (int64_t n : plan.shape) count *= n;
-  return row_bytes(plan.dtype, count);
-}
-
 struct Shard {
   std::string name, header;
   int64_t bytes = 0;

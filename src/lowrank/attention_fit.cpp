@@ -14,18 +14,6 @@ namespace {
 
 constexpr double first_decay = 0.9, second_decay = 0.95;  // of Adam's means, short since a layer sees some hundred windows at most
 
-// C [m, n] = op(A) op(B) of row-major matrices with rows of lda, ldb and n; a block of C's rows a task, each with BLAS to itself.
-void product(Threads& threads, Transposed which, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
-             float* c) {
-  constexpr int64_t block = 96;
-  const bool left = which == Transposed::left, right = which == Transposed::right;
-  threads.parallel((m + block - 1) / block, [&](int64_t task, int) {
-    const int64_t from = task * block, rows = std::min(block, m - from);
-    cblas_sgemm(CblasRowMajor, left ? CblasTrans : CblasNoTrans, right ? CblasTrans : CblasNoTrans, blasint(rows), blasint(n), blasint(k),
-                1, left ? a + from : a + from * lda, blasint(lda), b, blasint(ldb), 0, c + from * n, blasint(n));
-  });
-}
-
 std::vector<float> narrow(const double* from, int64_t n) { return {from, from + n}; }
 
 // Of the first `counted` of each row's `cols` elements.
@@ -98,7 +86,7 @@ void AttentionFit::forward(const FitWindow& window) {
   const int64_t T = s_.window, h = s_.gqa.heads, d = s_.gqa.head_dim, r = s_.latent, D = s_.gqa.hidden, w = s_.query_width();
   const auto n = int64_t(s_.frequencies.size());
   const auto project = [&](const float* x, int64_t width, const std::vector<float>& weights, int64_t rows, std::vector<float>& out) {
-    product(threads_, Transposed::right, T, rows, width, x, width, weights.data(), width, out.data());
+    threaded_product(threads_, Transposed::right, T, rows, width, x, width, weights.data(), width, out.data());
   };
   project(window.inputs, D, weights_.q, h * w, queries_);
   project(window.inputs, D, weights_.down, r, latent_);
@@ -120,9 +108,9 @@ void AttentionFit::backward(const FitWindow& window) {
   const auto n = int64_t(s_.frequencies.size());
   // Σ over tokens of an output's gradient times what was projected.
   const auto weigh = [&](const float* out, int64_t rows, const float* x, int64_t width, std::vector<float>& gradient) {
-    product(threads_, Transposed::left, rows, width, T, out, rows, x, width, gradient.data());
+    threaded_product(threads_, Transposed::left, rows, width, T, out, rows, x, width, gradient.data());
   };
-  product(threads_, Transposed::none, T, h * d, S, output_.data(), S, weights_.o.data(), h * d, d_attended_.data());
+  threaded_product(threads_, Transposed::none, T, h * d, S, output_.data(), S, weights_.o.data(), h * d, d_attended_.data());
   weigh(output_.data(), S, attended_.data(), h * d, gradient_.o);
   threads_.parallel(h, [&](int64_t head, int) {
     attend(head, true);
@@ -136,8 +124,8 @@ void AttentionFit::backward(const FitWindow& window) {
   weigh(d_keys_.data(), h * d, latent_.data(), r, gradient_.uk);
   weigh(d_values_.data(), h * d, latent_.data(), r, gradient_.uv);
   std::vector<float> by_keys(d_latent_.size());
-  product(threads_, Transposed::none, T, r, h * d, d_keys_.data(), h * d, weights_.uk.data(), r, by_keys.data());
-  product(threads_, Transposed::none, T, r, h * d, d_values_.data(), h * d, weights_.uv.data(), r, d_latent_.data());
+  threaded_product(threads_, Transposed::none, T, r, h * d, d_keys_.data(), h * d, weights_.uk.data(), r, by_keys.data());
+  threaded_product(threads_, Transposed::none, T, r, h * d, d_values_.data(), h * d, weights_.uv.data(), r, d_latent_.data());
   for (size_t i = 0; i < by_keys.size(); ++i) d_latent_[i] += by_keys[i];
   weigh(d_latent_.data(), r, window.inputs, D, gradient_.down);
 }

@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <numbers>
 #include <numeric>
@@ -359,7 +358,6 @@ class Converter {
     w.kv_a_bias = vector_view(out_.tensors.at(named("attn.kv_a.bias")));
     w.kv_a_norm = vector_view(out_.tensors.at(named("attn.kv_a_norm")));
     w.kv_b = pack("attn.kv_b", n_h * (d_h + c.v_head_dim), c.kv_lora_rank);
-    w.o = original_.gqa().o;
     return w;
   }
 
@@ -368,19 +366,15 @@ class Converter {
     const int64_t D = config_.hidden_size, cols = shape_.heads * shape_.head_dim;
     const MlaWeights w = mla_weights();
     Sums sums(cols, D, device_.threads());
-    std::vector<float> copy;
+    std::vector<float> wanted;
     each_batch([&](const Batch& b) {
       const Tensor ours = b.stream(ours_, D), theirs = b.stream(theirs_, D);
-      const auto copied = [&](const Tensor& x) {
-        copy.assign(x.f32(), x.f32() + x.count());
-        return view(copy.data(), DType::f32, {b.rows, D});
-      };
       float* attended = attended_.data() + b.first * cols;
-      mla_run_->attend(w, copied(ours), [&](const std::string& name, const Tensor& t) {
-        if (name == "attn.output") std::memcpy(attended, t.data, size_t(t.count()) * sizeof(float));
-      });
+      mla_run_->attend_heads(w, ours, view(attended, DType::f32, {b.rows, shape_.heads, shape_.head_dim}));
       if (o_.refit == Refit::none) return;
-      const Tensor target = copied(o_.refit == Refit::drift ? theirs : ours);
+      const Tensor& from = o_.refit == Refit::drift ? theirs : ours;
+      wanted.assign(from.f32(), from.f32() + from.count());
+      const Tensor target = view(wanted.data(), DType::f32, {b.rows, D});
       if (o_.refit == Refit::layer) gqa_run_->attend(original_.gqa(), target);
       add_targets(sums, attended, target, ours, original_.gqa().o_bias);
     });

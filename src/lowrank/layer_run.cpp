@@ -38,9 +38,10 @@ LayerRun::LayerRun(const Config& config, std::vector<double> frequencies, Device
 }
 
 template <class Run>
-void LayerRun::run(int64_t rows, const Dump& dump, const Run& what) {
+void LayerRun::run(int64_t rows, const Run& what) {
   CHECK(rows % window_ == 0 && rows <= int64_t(slots_.size()), "{} rows of windows of {}", rows, window_);
   arena_.reset();
+  const Dump dump;
   Step step{config_, device_, arena_, cache_, MlaForm::expanded, dump, {}, {slots_.begin(), slots_.begin() + rows}, {}, {}};
   for (int64_t i = 0; i < rows / window_; ++i)
     step.spans.push_back({int32_t(i * window_), int32_t(window_), 0, 0, int32_t(window_), cache_.pages(int(i)).data()});
@@ -49,15 +50,15 @@ void LayerRun::run(int64_t rows, const Dump& dump, const Run& what) {
 }
 
 void LayerRun::attend(const GqaWeights& w, Tensor x) {
-  run(x.shape[0], {}, [&](Step& step) { attend_gqa(step, 0, w, x); });
+  run(x.shape[0], [&](Step& step) { attend_gqa(step, 0, w, x); });
 }
-void LayerRun::attend(const MlaWeights& w, Tensor x, const Dump& dump) {
-  run(x.shape[0], dump, [&](Step& step) { attend_mla(step, 0, w, x); });
+void LayerRun::attend_heads(const MlaWeights& w, Tensor x, Tensor heads) {
+  run(x.shape[0], [&](Step& step) { attend_mla_heads(step, 0, w, x, heads); });
 }
 
 void LayerRun::project(const GqaWeights& w, Tensor inputs, Tensor queries, Tensor keys) {
   const auto rows = [](const Tensor& heads) { return view(heads.data, DType::f32, {heads.shape[0], heads.shape[1] * heads.shape[2]}); };
-  run(inputs.shape[0], {}, [&](Step& step) {
+  run(inputs.shape[0], [&](Step& step) {
     device_.linear(inputs, {{w.q, w.q_bias, rows(queries)}, {w.k, w.k_bias, rows(keys)}});
     device_.rope(queries, step.cos_sin, config_.rope_interleaved);
     device_.rope(keys, step.cos_sin, config_.rope_interleaved);
@@ -65,33 +66,30 @@ void LayerRun::project(const GqaWeights& w, Tensor inputs, Tensor queries, Tenso
 }
 
 void LayerRun::feed_forward(const Layer& layer, Tensor x) {
-  run(x.shape[0], {}, [&](Step& step) { mla::feed_forward(step, layer, x); });
+  run(x.shape[0], [&](Step& step) { mla::feed_forward(step, layer, x); });
 }
 
-namespace {
-
-// Blocks of rows of the result, one a task: C [m, n] = xᵀ y of those rows, and of a symmetric result only what is left of the diagonal.
-void product_of_columns(Threads& threads, const float* x, int64_t m, const float* y, int64_t n, int64_t rows, bool symmetric, float* c) {
+void threaded_product(Threads& threads, Transposed which, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+                      int64_t ldb, float* c, bool lower) {
   constexpr int64_t block = 96;
+  const bool left = which == Transposed::left, right = which == Transposed::right;
   threads.parallel((m + block - 1) / block, [&](int64_t task, int) {
-    const int64_t from = task * block, height = std::min(block, m - from), width = symmetric ? from + height : n;
-    cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, blasint(height), blasint(width), blasint(rows), 1, x + from, blasint(m), y,
-                blasint(n), 0, c + from * n, blasint(n));
+    const int64_t from = task * block, rows = std::min(block, m - from), cols = lower ? from + rows : n;
+    cblas_sgemm(CblasRowMajor, left ? CblasTrans : CblasNoTrans, right ? CblasTrans : CblasNoTrans, blasint(rows), blasint(cols),
+                blasint(k), 1, left ? a + from : a + from * lda, blasint(lda), b, blasint(ldb), 0, c + from * n, blasint(n));
   });
 }
-
-}  // namespace
 
 void Sums::add(const float* x, int64_t rows) {
   const int64_t n = gram_.rows;
   scratch_.assign(gram_.data.size(), 0);
-  product_of_columns(threads_, x, n, x, n, rows, true, scratch_.data());
+  threaded_product(threads_, Transposed::left, n, n, rows, x, n, x, n, scratch_.data(), true);
   for (size_t i = 0; i < scratch_.size(); ++i) gram_.data[i] += double(scratch_[i]);
 }
 
 void Sums::add_cross(const float* x, const float* y, int64_t rows) {
   scratch_.resize(cross_.data.size());
-  product_of_columns(threads_, x, cross_.rows, y, cross_.cols, rows, false, scratch_.data());
+  threaded_product(threads_, Transposed::left, cross_.rows, cross_.cols, rows, x, cross_.rows, y, cross_.cols, scratch_.data());
   for (size_t i = 0; i < scratch_.size(); ++i) cross_.data[i] += double(scratch_[i]);
 }
 

@@ -16,16 +16,17 @@ class LayerRun {
   // `frequencies`: of the rotary pairs. `config` and `device` outlive this.
   LayerRun(const Config& config, std::vector<double> frequencies, Device& device, int64_t window, int64_t windows);
 
-  // x f32 [n, D] += attention(x), n a multiple of the window; `dump` sees the intermediates.
+  // x f32 [n, D] += attention(x), n a multiple of the window.
   void attend(const GqaWeights& w, Tensor x);
-  void attend(const MlaWeights& w, Tensor x, const Dump& dump);
+  // What the heads put out before W_O, f32 [n, h, d_v].
+  void attend_heads(const MlaWeights& w, Tensor x, Tensor heads);
   // What attention starts from, of normed inputs f32 [n, D]: queries [n, h, d] and keys [n, g, d], rotated.
   void project(const GqaWeights& w, Tensor inputs, Tensor queries, Tensor keys);
   void feed_forward(const Layer& layer, Tensor x);
 
  private:
   template <class Run>
-  void run(int64_t rows, const Dump& dump, const Run& what);
+  void run(int64_t rows, const Run& what);
 
   const Config& config_;
   Device& device_;
@@ -36,6 +37,11 @@ class LayerRun {
   std::vector<float> cos_sin_;
   std::vector<double> frequencies_;
 };
+
+// C [m, n] = op(A) op(B) of row-major f32 matrices with rows of lda, ldb and n; blocks of C's rows are the threads' tasks, each with BLAS
+// to itself. `lower`: of C only what is left of the diagonal and on it is sure to be there.
+void threaded_product(Threads& threads, Transposed which, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+                      int64_t ldb, float* c, bool lower = false);
 
 // Σ xᵀx and Σ xᵀy over rows of f32, summed in f32 within a call and in double over calls. Our threads do it, each with BLAS to itself.
 class Sums {

@@ -5,10 +5,13 @@
 
 #include <cblas.h>
 #include <lapacke.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
+#include <string>
 
 namespace mla {
 namespace {
@@ -157,5 +160,17 @@ void check_finite(const Matrix& a, std::string_view what) {
 }
 
 void set_math_threads(int threads) { openblas_set_num_threads(threads); }
+
+std::string_view better_core(std::string_view chosen, bool avx2, bool avx512) {
+  constexpr std::string_view old[] = {"Prescott", "Core2", "Penryn", "Nehalem", "Sandybridge", "Athlon", "Opteron", "Barcelona"};
+  if (!avx2 || std::ranges::find(old, chosen) == std::end(old)) return {};
+  return avx512 ? "SkylakeX" : "Haswell";
+}
+
+void restart_on_better_core(char** argv, bool avx2, bool avx512) {
+  const std::string core(better_core(openblas_get_corename(), avx2, avx512));
+  if (core.empty() || getenv("OPENBLAS_CORETYPE") || setenv("OPENBLAS_CORETYPE", core.c_str(), 1) != 0) return;
+  execv("/proc/self/exe", argv);  // where that fails, the program goes on, slowly
+}
 
 }  // namespace mla

@@ -112,11 +112,10 @@ bool absorbed_is_cheaper(const Config& c, int64_t n, int64_t T) {
   return absorbed <= expanded;
 }
 
-void attend_mla(Step& s, int layer, const MlaWeights& w, Tensor x) {
+void attend_mla_heads(Step& s, int layer, const MlaWeights& w, Tensor x, Tensor o) {
   const Config& c = s.config;
   ArenaScope scope(s.arena);
-  const int64_t n = x.shape[0], n_h = c.num_attention_heads, d_h = c.qk_nope_head_dim, d_R = c.qk_rope_head_dim, d_c = c.kv_lora_rank,
-                d_v = c.v_head_dim;
+  const int64_t n = x.shape[0], n_h = c.num_attention_heads, d_h = c.qk_nope_head_dim, d_R = c.qk_rope_head_dim, d_c = c.kv_lora_rank;
   const auto [q, rows] = project(s, w, x);
   const Kv kv = s.cache.layer(layer);
   // Where all absorb, as in decode, queries are rotated along with the keys.
@@ -128,7 +127,6 @@ void attend_mla(Step& s, int layer, const MlaWeights& w, Tensor x) {
   s.device.store_latents(rows, w.kv_a_norm, float(c.latent_norm_eps), s.cos_sin, c.rope_interleaved, s.slots, kv, unrotated, rotated);
   s.note("attn.latent", rows);
 
-  Tensor o = s.arena.tensor(DType::f32, {n, n_h, d_v});
   // Each sequence takes its cheaper form; neighbours that absorb go together.
   for (size_t i = 0; i < s.spans.size();) {
     size_t end = i;
@@ -145,6 +143,13 @@ void attend_mla(Step& s, int layer, const MlaWeights& w, Tensor x) {
     i = last;
   }
   s.note("attn.output", o);
+}
+
+void attend_mla(Step& s, int layer, const MlaWeights& w, Tensor x) {
+  ArenaScope scope(s.arena);
+  const int64_t n = x.shape[0], n_h = s.config.num_attention_heads, d_v = s.config.v_head_dim;
+  Tensor o = s.arena.tensor(DType::f32, {n, n_h, d_v});
+  attend_mla_heads(s, layer, w, x, o);
   s.device.linear(view(o.data, DType::f32, {n, n_h * d_v}, o.place), w.o, w.o_bias, x, true);
 }
 

@@ -27,6 +27,8 @@ struct Step {
 // x [n, D] += attention(x), and the tokens' rows enter the cache.
 void attend_mla(Step& step, int layer, const MlaWeights& w, Tensor x);
 void attend_gqa(Step& step, int layer, const GqaWeights& w, Tensor x);
+// The same without W_O: what the heads put out, o [n, n_h, d_v].
+void attend_mla_heads(Step& step, int layer, const MlaWeights& w, Tensor x, Tensor o);
 // x [n, D] += ffn(norm(x))
 void feed_forward(Step& step, const Layer& layer, Tensor x);
 

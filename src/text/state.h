@@ -11,6 +11,8 @@
 
 namespace mla {
 
+enum GgufToken : int32_t { normal = 1, unknown, control, user_defined, unused, byte };  // tokenizer.ggml.token_type
+
 inline constexpr std::string_view kMetaspace = "\xE2\x96\x81";  // U+2581, sentencepiece's space
 
 struct Tokenizer::State {

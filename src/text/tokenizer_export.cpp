@@ -2,6 +2,7 @@
 #include "text/tokenizer_export.h"
 
 #include "text/pre_tokenizer.h"
+#include "text/state.h"
 
 #include <nlohmann/json.hpp>
 
@@ -13,8 +14,6 @@ namespace mla {
 namespace {
 
 using Json = nlohmann::ordered_json;
-
-constexpr int control = 3, user_defined = 4, unknown = 2;  // GGUF's token types
 
 Json byte_level(bool use_regex) {
   return {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", use_regex}};
@@ -76,7 +75,6 @@ Json post_processor(const Tokenizer::GgufVocabulary& v) {
 
 // Every way to halve a token into two others is a merge; the token with the higher score goes first.
 Json sentencepiece_merges(const Tokenizer::GgufVocabulary& v) {
-  constexpr int normal = 1;
   constexpr size_t longest = 256;  // no trainer makes longer ones; halving them every way would take long
   std::unordered_set<std::string_view> known;
   std::vector<size_t> order;

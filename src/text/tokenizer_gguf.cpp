@@ -11,8 +11,6 @@ namespace mla {
 
 namespace {
 
-enum Type : int32_t { normal = 1, unknown, control, user_defined, unused, byte };
-
 constexpr const char* kGpt2 = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 constexpr const char* kDigit = R"(\p{N})";
 // The alphabets that DeepSeek's first tokenizer names character by character.
@@ -58,7 +56,7 @@ const std::vector<PreTokenizer>& pre_tokenizers() {
   return table;
 }
 
-const PreTokenizer& pre_tokenizer(std::string_view name) {
+const PreTokenizer& pre_tokenizer_of(std::string_view name) {
   std::string names;
   for (const PreTokenizer& entry : pre_tokenizers())
     for (const char* known : entry.names) {
@@ -70,7 +68,7 @@ const PreTokenizer& pre_tokenizer(std::string_view name) {
 
 using Gguf = Tokenizer::GgufVocabulary;
 
-Type type_of(const Gguf& gguf, size_t id) { return gguf.types.empty() ? normal : Type(gguf.types[id]); }
+GgufToken type_of(const Gguf& gguf, size_t id) { return gguf.types.empty() ? normal : GgufToken(gguf.types[id]); }
 
 void check(const Gguf& gguf) {
   const size_t n = gguf.tokens.size();
@@ -91,7 +89,7 @@ void check(const Gguf& gguf) {
 void set_added(Tokenizer::State& state, const Gguf& gguf) {
   std::vector<AddedToken> added;
   for (size_t id = 0; id < gguf.tokens.size(); id++) {
-    const Type type = type_of(gguf, id);
+    const GgufToken type = type_of(gguf, id);
     if (type != control && type != user_defined && type != unknown) continue;
     if (gguf.tokens[id].empty()) continue;
     added.push_back({.id = int32_t(id), .spelling = gguf.tokens[id], .special = type != user_defined});
@@ -101,7 +99,7 @@ void set_added(Tokenizer::State& state, const Gguf& gguf) {
 
 // Byte-level BPE: tokens spelled in GPT-2's alphabet and merges in order of rank.
 void set_byte_level(Tokenizer::State& state, const Gguf& gguf) {
-  const PreTokenizer& pre = pre_tokenizer(gguf.pre.empty() ? "default" : gguf.pre);
+  const PreTokenizer& pre = pre_tokenizer_of(gguf.pre.empty() ? "default" : gguf.pre);
   if (pre.compose) state.normalizer.push_back(ComposeStep{});
   for (const char* pattern : pre.patterns) state.pre_tokenizer.push_back(SplitStep{Regex(pattern)});
   state.byte_level = true;
@@ -127,7 +125,7 @@ void set_sentencepiece(Tokenizer::State& state, const Gguf& gguf) {
   for (size_t id = 0; id < n; id++) {
     if (std::isnan(gguf.scores[id])) fail_input("token {} has no number as its score in tokenizer.ggml.scores", id);
     const std::string& spelling = gguf.tokens[id];
-    const Type type = type_of(gguf, id);
+    const GgufToken type = type_of(gguf, id);
     const auto fallback = type == byte ? byte_of_fallback(spelling) : std::nullopt;
     if (type == byte && !fallback) fail_input("token {} is a byte, but spelled \"{}\" and not like <0x0A>", id, spelling);
     if (fallback) state.byte_ids[static_cast<unsigned char>(*fallback)] = int32_t(id);

@@ -10,7 +10,6 @@ namespace {
 const std::vector<std::string> commands{"run",  "chat",    "eval",    "inspect",  "compare", "bench", "quantize",
                                         "init", "convert", "lowrank", "tokenize", "logits",  "doctor"};
 
-std::string path(const std::string& name) { return (scratch() / name).string(); }
 std::string model(const std::string& name) { return golden(name).string(); }
 std::vector<int32_t> first(std::vector<int32_t> ids, size_t n) { return ids.resize(n), ids; }
 

@@ -10,8 +10,6 @@
 namespace mla::test {
 namespace {
 
-std::string path(const char* name) { return (scratch() / name).string(); }
-
 // A small llama with a byte vocabulary, and a text of a thousand tokens.
 std::string gqa_model() {
   const std::string file = path("gqa.gguf");

@@ -84,6 +84,8 @@ Json Outcome::json() const {
   return parsed;
 }
 
+std::string path(const std::string& name) { return (scratch() / name).string(); }
+
 fs::path scratch() {
   static const struct Folder {
     fs::path path = fs::temp_directory_path() / ("mla-cli-test-" + std::to_string(getpid()));

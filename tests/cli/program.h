@@ -33,6 +33,7 @@ Outcome run(std::vector<std::string> arguments, std::string input = {});
 
 // A folder of this test program's own, removed at its end.
 fs::path scratch();
+std::string path(const std::string& name);  // in scratch
 
 fs::path golden(const std::string& name);  // a folder or file of tests/data/golden
 

@@ -8,7 +8,6 @@
 namespace mla::test {
 namespace {
 
-std::string path(const std::string& name) { return (scratch() / name).string(); }
 std::string model() { return golden("dsv2-q-group").string(); }
 
 // Files that several tests give.

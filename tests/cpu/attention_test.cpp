@@ -11,8 +11,6 @@
 namespace mla {
 namespace {
 
-constexpr float nan = std::numeric_limits<float>::quiet_NaN();
-
 // Sequences over one shuffled page pool; everything that no sequence owns is NaN.
 struct Problem {
   KvFormat format;

@@ -11,7 +11,7 @@
 namespace mla {
 namespace {
 
-constexpr DType types[] = {DType::f32, DType::f16, DType::bf16, DType::i8, DType::f8};
+constexpr DType cache_types[] = {DType::f32, DType::f16, DType::bf16, DType::i8, DType::f8};
 const KvLayout layouts[] = {KvLayout::mla(512, 64), KvLayout::mla(40, 8), KvLayout::gqa(3, 64), {2, 19, 25, false}, KvLayout::mha(5, 80)};
 
 class Rows : public testing::TestWithParam<Machine> {
@@ -45,7 +45,7 @@ double bound(const KvFormat& f, const float* row, int64_t e) {
 
 TEST_P(Rows, ComeBackAsTheirTypeAllows) {
   for (const KvLayout& layout : layouts) {
-    for (DType type : types) {
+    for (DType type : cache_types) {
       const KvFormat format{layout, type};
       SCOPED_TRACE(fmt::format("{} {} {}", layout.d_k, layout.d_v, info(type).name));
       constexpr int page = 8, n = 21;
@@ -85,7 +85,7 @@ TEST_P(Rows, ComeBackAsTheirTypeAllows) {
 
 TEST_P(Rows, OfLatentsAreNormedAndRotated) {
   for (const auto& [d_c, d_R] : {std::pair(512, 64), std::pair(40, 8)})
-    for (const DType type : types)
+    for (const DType type : cache_types)
       for (const bool interleaved : {false, true}) {
         SCOPED_TRACE(fmt::format("{} {} {}", d_c, info(type).name, interleaved));
         constexpr int n = 5;
@@ -139,7 +139,7 @@ TEST_P(Rows, OfZerosAndOfTinyNumbersStayFinite) {
 }
 
 TEST_P(Rows, AreTheSameOnEveryInstructionSet) {
-  for (DType type : types) {
+  for (DType type : cache_types) {
     const KvFormat format{KvLayout::mla(40, 8), type};
     std::vector<std::byte> here(size_t(3 * format.row_bytes())), plain(here.size());
     const std::vector<float> rows = random_rows(3, 48, 9);

@@ -14,8 +14,6 @@
 namespace mla {
 namespace {
 
-constexpr float nan = std::numeric_limits<float>::quiet_NaN();
-
 struct Case {
   Machine machine;
   DType type;

@@ -17,7 +17,7 @@ TEST_P(PointwiseTest, rms_norm) {
   for (int64_t d : {1, 15, 16, 24, 576, 2048})
     for (int64_t n : {1, 3, 40}) {
       auto x = ref::random_floats(n * (d + 5), 1, 3), weight = ref::random_floats(d, 2);
-      std::vector<float> y(size_t(n * d), std::numeric_limits<float>::quiet_NaN());
+      std::vector<float> y(size_t(n * d), nan);
       Tensor in = view(x.data(), DType::f32, {n, d}), w = view(weight.data(), DType::f32, {d});
       in.stride[0] = d + 5;
       device->rms_norm(in, w, 1e-6f, view(y.data(), DType::f32, {n, d}));
@@ -63,7 +63,7 @@ TEST_P(PointwiseTest, route) {
       c.experts = experts, c.top_k = k, c.groups = groups, c.top_groups = top_groups, c.renormalise = renormalise, c.scale = 16;
       auto logits = ref::random_floats(n * experts, 5, 2);
       std::vector<int32_t> expert(size_t(n * k), -1);
-      std::vector<float> weight(size_t(n * k), std::numeric_limits<float>::quiet_NaN());
+      std::vector<float> weight(size_t(n * k), nan);
       device->route(view(logits.data(), DType::f32, {n, experts}), c,
                     {view(expert.data(), DType::i32, {n, k}), view(weight.data(), DType::f32, {n, k})});
       const ref::Matrix rows = ref::to_double(logits.data(), n, experts, experts);
@@ -85,8 +85,7 @@ TEST_P(PointwiseTest, gate) {
       c.experts = experts, c.top_k = k, c.groups = groups, c.top_groups = top_groups;
       const int64_t pitch = d + 5;
       auto x = ref::random_floats(n * pitch, 6, 3), norm = ref::random_floats(d, 7), w = ref::random_floats(int64_t(experts) * d, 8, 0.05);
-      std::vector<float> h(size_t(n * d), std::numeric_limits<float>::quiet_NaN()), weight(size_t(n * k), h[0]),
-          scores(size_t(n * experts), h[0]);
+      std::vector<float> h(size_t(n * d), nan), weight(size_t(n * k), h[0]), scores(size_t(n * experts), h[0]);
       std::vector<int32_t> expert(size_t(n * k), -1);
       const Weight router = device->pack(view(w.data(), DType::f32, {experts, d}));
       Tensor in = view(x.data(), DType::f32, {n, d});

@@ -6,16 +6,16 @@
 namespace mla::test {
 namespace {
 
-std::vector<ListedTensor> parse(const std::string& file) { return parse_safetensors(as_bytes(file), "test.safetensors"); }
+std::vector<ListedTensor> parsed(const std::string& file) { return parse_safetensors(as_bytes(file), "test.safetensors"); }
 
 void refused(const std::string& header, const std::string& data, std::string_view part) {
-  expect_refused([&] { parse(safetensors(header, data)); }, part);
+  expect_refused([&] { parsed(safetensors(header, data)); }, part);
 }
 
 TEST(Safetensors, lists_tensors_in_the_order_of_their_bytes) {
   const std::string header =
       R"({"__metadata__":{"format":"pt"},"a":{"dtype":"BF16","shape":[3],"data_offsets":[8,14]},"b":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]}}  )";
-  const auto tensors = parse(safetensors(header, std::string(14, 'x')));
+  const auto tensors = parsed(safetensors(header, std::string(14, 'x')));
   ASSERT_EQ(tensors.size(), 2u);
   EXPECT_EQ(tensors[0].name, "b");
   EXPECT_EQ(tensors[0].shape, (std::vector<int64_t>{2, 1}));
@@ -26,27 +26,27 @@ TEST(Safetensors, lists_tensors_in_the_order_of_their_bytes) {
 }
 
 TEST(Safetensors, scalars_empty_tensors_and_no_tensors_are_legal) {
-  EXPECT_EQ(parse(safetensors("{}", "")).size(), 0u);
-  const auto tensors = parse(safetensors(R"({"none":{"dtype":"F32","shape":[0,4],"data_offsets":[0,0]},)"
-                                         R"("also":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},)"
-                                         R"("one":{"dtype":"F64","shape":[],"data_offsets":[0,8]}})",
-                                         std::string(8, 'x')));
+  EXPECT_EQ(parsed(safetensors("{}", "")).size(), 0u);
+  const auto tensors = parsed(safetensors(R"({"none":{"dtype":"F32","shape":[0,4],"data_offsets":[0,0]},)"
+                                          R"("also":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},)"
+                                          R"("one":{"dtype":"F64","shape":[],"data_offsets":[0,8]}})",
+                                          std::string(8, 'x')));
   ASSERT_EQ(tensors.size(), 3u);
   EXPECT_EQ(tensors[2].name, "one");
   EXPECT_FALSE(tensors[2].dtype.has_value());
 }
 
 TEST(SafetensorsHostile, file_of_a_few_bytes) {
-  for (size_t n = 0; n < 10; ++n) expect_refused([&] { parse(std::string(n, '\0')); }, "too few");
+  for (size_t n = 0; n < 10; ++n) expect_refused([&] { parsed(std::string(n, '\0')); }, "too few");
 }
 
 TEST(SafetensorsHostile, header_over_100_megabytes) {
-  expect_refused([] { parse(raw(uint64_t(100'000'001)) + "{}" + std::string(100, ' ')); }, "the format allows 100000000");
-  expect_refused([] { parse(raw(UINT64_MAX) + "{}"); }, "the format allows");
+  expect_refused([] { parsed(raw(uint64_t(100'000'001)) + "{}" + std::string(100, ' ')); }, "the format allows 100000000");
+  expect_refused([] { parsed(raw(UINT64_MAX) + "{}"); }, "the format allows");
 }
 
 TEST(SafetensorsHostile, header_longer_than_the_file) {
-  expect_refused([] { parse(raw(uint64_t(3)) + "{}"); }, "cut short");
+  expect_refused([] { parsed(raw(uint64_t(3)) + "{}"); }, "cut short");
 }
 
 TEST(SafetensorsHostile, header_that_is_no_object) {

@@ -193,5 +193,13 @@ TEST(Factor, RefusesWhatCannotBeFactorised) {
   }
 }
 
+// Debian 12's OpenBLAS takes Emerald Rapids and what came after it for a Prescott.
+TEST(Math, OldKernelsGiveWayToWhatTheProcessorHas) {
+  EXPECT_EQ(better_core("Prescott", true, true), "SkylakeX");
+  EXPECT_EQ(better_core("Nehalem", true, false), "Haswell");
+  EXPECT_EQ(better_core("Prescott", false, false), "");
+  for (const char* good : {"Haswell", "Zen", "SkylakeX", "Cooperlake", "SapphireRapids"}) EXPECT_EQ(better_core(good, true, true), "");
+}
+
 }  // namespace
 }  // namespace mla::test
