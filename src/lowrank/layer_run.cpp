@@ -71,10 +71,14 @@ void LayerRun::feed_forward(const Layer& layer, Tensor x) {
 
 void threaded_product(Threads& threads, Transposed which, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
                       int64_t ldb, float* c, bool lower) {
-  constexpr int64_t block = 96;
+  // Each block copies all of B into BLAS's own form, which blocks of 96 rows take a fifth of their time for. An even number suits two
+  // processors, and the largest go first.
+  const int64_t blocks = (m + 383) / 384 * 2, block = (m + blocks - 1) / blocks;
   const bool left = which == Transposed::left, right = which == Transposed::right;
-  threads.parallel((m + block - 1) / block, [&](int64_t task, int) {
-    const int64_t from = task * block, rows = std::min(block, m - from), cols = lower ? from + rows : n;
+  threads.parallel(blocks, [&](int64_t task, int) {
+    const int64_t from = (blocks - 1 - task) * block;
+    if (from >= m) return;
+    const int64_t rows = std::min(block, m - from), cols = lower ? from + rows : n;
     cblas_sgemm(CblasRowMajor, left ? CblasTrans : CblasNoTrans, right ? CblasTrans : CblasNoTrans, blasint(rows), blasint(cols),
                 blasint(k), 1, left ? a + from : a + from * lda, blasint(lda), b, blasint(ldb), 0, c + from * n, blasint(n));
   });
