@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <ostream>
 #include <string>
 #include <vector>
@@ -89,13 +90,13 @@ class FromHost : public Device {
     run([&] { d_->store(there(rows), slots, there(kv, pages)); });
   }
   void store_latents(Tensor rows, Tensor norm, float eps, Tensor cos_sin, bool interleaved, std::span<const int64_t> slots, const Kv& kv,
-                     Tensor queries, Tensor rotated) override {
+                     const Absorbed* queries) override {
     int64_t pages = 0;
     for (const int64_t slot : slots) pages = std::max(pages, slot / kv.page_tokens + 1);
     run([&] {
-      const Tensor from = queries.data ? there(queries) : queries;
-      d_->store_latents(there(rows), there(norm), eps, there(cos_sin), interleaved, slots, there(kv, pages), from,
-                        rotated.data == queries.data ? from : there(rotated));
+      std::optional<Absorbed> moved;
+      if (queries) moved.emplace(Absorbed{there(queries->q), queries->w, there(queries->to)});
+      d_->store_latents(there(rows), there(norm), eps, there(cos_sin), interleaved, slots, there(kv, pages), moved ? &*moved : nullptr);
     });
   }
   void store_expanded(Tensor kv, Tensor rotary, const Kv& to) override {

@@ -1,7 +1,8 @@
 // Writing rows into the cache, reading them back as f32, and forming the rows of expanded keys and values.
 #include "cuda/cache_rows.cuh"
 #include "cuda/cuda.h"
-#include "cuda/launch.cuh"
+#include "cuda/linear.h"
+#include "cuda/product_gemv.cuh"
 
 #include <algorithm>
 
@@ -75,55 +76,87 @@ struct Queries {
   bool to_bf16;
 };
 
-constexpr int pairs_a_block = 512;
+// A token's latent is normed and its key rotated, both in place and into the cache, by a block; more blocks rotate its queries.
+struct LatentsFront {
+  static constexpr int threads = gemv_threads, pairs_a_block = 512;
+  int tokens;
+  float* rows;
+  const float* norm;
+  float eps;
+  int d_c;
+  const float* cos_sin;
+  bool interleaved;
+  const int64_t* slots;
+  RowFormat f;
+  Pages pages;
+  Queries q;
 
-// A token a block: its latent normed, its key rotated, both in place and into the cache; behind it in y, more blocks rotate its queries.
-__global__ void __launch_bounds__(256) latents_kernel(float* rows, const float* norm, float eps, int d_c, const float* cos_sin,
-                                                      bool interleaved, const int64_t* slots, RowFormat f, Pages pages, Queries q) {
-  begin_kernel();
-  __shared__ float part[8];
-  const int thread = int(threadIdx.x), half = (f.row - d_c) / 2;
-  cos_sin += int64_t(blockIdx.x) * half * 2;
-  if (blockIdx.y > 0) {
-    const int end = min(int(blockIdx.y) * pairs_a_block, q.heads * half);
-    for (int p = int(blockIdx.y - 1) * pairs_a_block + thread; p < end; p += 256) {
-      const int i = p % half, head = p / half, at = interleaved ? 2 * i : i, other = interleaved ? 2 * i + 1 : i + half;
-      const float* from = q.from + blockIdx.x * q.from_row + head * q.from_head;
-      const float c = cos_sin[2 * i], s = cos_sin[2 * i + 1], a = from[at], b = from[other];
-      const int64_t to = blockIdx.x * q.to_row + head * q.to_head;
-      write_plain(q.to_bf16 ? DType::bf16 : DType::f32, static_cast<std::byte*>(q.to) + to * (q.to_bf16 ? 2 : 4), at, a * c - b * s);
-      write_plain(q.to_bf16 ? DType::bf16 : DType::f32, static_cast<std::byte*>(q.to) + to * (q.to_bf16 ? 2 : 4), other, a * s + b * c);
+  __host__ __device__ int half() const { return (f.row - d_c) / 2; }
+  __host__ __device__ int token_blocks() const { return 1 + (q.heads * half() + pairs_a_block - 1) / pairs_a_block; }
+  __host__ __device__ int blocks() const { return tokens * token_blocks(); }
+  size_t shared_bytes() const { return 0; }
+
+  __device__ void run(int block, uint8_t*) const {
+    begin_kernel();
+    const int token = block / token_blocks(), part = block % token_blocks();
+    const float* angles = cos_sin + int64_t(token) * half() * 2;
+    if (part > 0)
+      rotate_queries(token, (part - 1) * pairs_a_block, angles);
+    else
+      store_latent(token, angles);
+  }
+
+ private:
+  // Pair i's elements.
+  __device__ int upper(int i) const { return interleaved ? 2 * i : i; }
+  __device__ int lower(int i) const { return interleaved ? 2 * i + 1 : i + half(); }
+
+  __device__ void rotate_queries(int token, int begin, const float* angles) const {
+    auto* to = static_cast<std::byte*>(q.to);
+    const DType type = q.to_bf16 ? DType::bf16 : DType::f32;
+    const int end = min(begin + pairs_a_block, q.heads * half());
+    for (int p = begin + int(threadIdx.x); p < end; p += threads) {
+      const int i = p % half(), head = p / half();
+      const float* from = q.from + token * q.from_row + head * q.from_head;
+      const float c = angles[2 * i], s = angles[2 * i + 1], a = from[upper(i)], b = from[lower(i)];
+      std::byte* row = to + (token * q.to_row + head * q.to_head) * (q.to_bf16 ? 2 : 4);
+      write_plain(type, row, upper(i), a * c - b * s);
+      write_plain(type, row, lower(i), a * s + b * c);
     }
-    return;
   }
-  float* row = rows + int64_t(blockIdx.x) * f.row;
-  const int64_t slot = slots[blockIdx.x];
-  std::byte* to = pages.base + slot / pages.page_tokens * pages.page_bytes + slot % pages.page_tokens * f.row_bytes;
-  float sum = 0;
-  for (int i = thread; i < d_c; i += 256) sum += row[i] * row[i];
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-  if (thread % 32 == 0) part[thread / 32] = sum;
-  __syncthreads();
-  sum = 0;
-  for (const float p : part) sum += p;
-  const float scale = rsqrtf(sum / float(d_c) + eps);
-  for (int i = thread; i < d_c; i += 256) {
-    const float y = row[i] * scale * norm[i];
-    row[i] = y;
-    if (!f.coded()) write_plain(f.type, to, i, y);
+
+  __device__ void store_latent(int token, const float* angles) const {
+    __shared__ float part[threads / 32];
+    const int thread = int(threadIdx.x);
+    float* row = rows + int64_t(token) * f.row;
+    const int64_t slot = slots[token];
+    std::byte* to = pages.base + slot / pages.page_tokens * pages.page_bytes + slot % pages.page_tokens * f.row_bytes;
+    float sum = 0;
+    for (int i = thread; i < d_c; i += threads) sum += row[i] * row[i];
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (thread % 32 == 0) part[thread / 32] = sum;
+    __syncthreads();
+    sum = 0;
+    for (const float p : part) sum += p;
+    const float scale = rsqrtf(sum / float(d_c) + eps);
+    for (int i = thread; i < d_c; i += threads) {
+      const float y = row[i] * scale * norm[i];
+      row[i] = y;
+      if (!f.coded()) write_plain(f.type, to, i, y);
+    }
+    for (int i = thread; i < half(); i += threads) {
+      const int at = d_c + upper(i), other = d_c + lower(i);
+      const float c = angles[2 * i], s = angles[2 * i + 1], a = row[at], b = row[other];
+      row[at] = a * c - b * s, row[other] = a * s + b * c;
+      if (f.coded()) continue;
+      write_plain(f.type, to, at, a * c - b * s);
+      write_plain(f.type, to, other, a * s + b * c);
+    }
+    if (!f.coded()) return;
+    __syncthreads();
+    write_codes(f, to, [row](int e) { return row[e]; });
   }
-  for (int i = thread; i < half; i += 256) {
-    const int at = d_c + (interleaved ? 2 * i : i), other = d_c + (interleaved ? 2 * i + 1 : i + half);
-    const float c = cos_sin[2 * i], s = cos_sin[2 * i + 1], a = row[at], b = row[other];
-    row[at] = a * c - b * s, row[other] = a * s + b * c;
-    if (f.coded()) continue;
-    write_plain(f.type, to, at, a * c - b * s);
-    write_plain(f.type, to, other, a * s + b * c);
-  }
-  if (!f.coded()) return;
-  __syncthreads();
-  write_codes(f, to, [row](int e) { return row[e]; });
-}
+};
 
 __global__ void load_kernel(float* rows, int64_t stride, const int32_t* page, int64_t first, RowFormat f, Pages pages) {
   begin_kernel();
@@ -165,27 +198,36 @@ void CudaDevice::store(Tensor rows, std::span<const int64_t> slots, const Kv& kv
 }
 
 void CudaDevice::store_latents(Tensor rows, Tensor norm, float eps, Tensor cos_sin, bool interleaved, std::span<const int64_t> slots,
-                               const Kv& kv, Tensor queries, Tensor rotated) {
+                               const Kv& kv, const Absorbed* queries) {
   check_rows(rows, kv);
   const int64_t n = rows.shape[0], d_c = norm.count(), d_R = rows.shape[1] - d_c;
   require(n == int64_t(slots.size()) && d_R >= 0 && d_R % 2 == 0 && cos_sin.count() == n * d_R && cos_sin.contiguous(), "these latents",
           rows, cos_sin);
-  if (!rows.contiguous()) return Device::store_latents(rows, norm, eps, cos_sin, interleaved, slots, kv, queries, rotated);
+  if (!rows.contiguous()) return Device::store_latents(rows, norm, eps, cos_sin, interleaved, slots, kv, queries);
   if (n == 0) return;
-  Queries q{};
-  if (queries.data) {
-    bool same = queries.rank == 3 && rotated.rank == 3 && queries.shape[0] == n && queries.shape[2] == d_R;
-    for (int i = 0; same && i < 3; ++i) same = queries.shape[i] == rotated.shape[i];
-    require(same && queries.dtype == DType::f32 && (rotated.dtype == DType::f32 || rotated.dtype == DType::bf16) &&
-                queries.stride[2] == 1 && rotated.stride[2] == 1,
-            "queries to be rotated", queries, rotated);
-    q = {queries.f32(),     queries.stride[0], queries.stride[1],     rotated.data,
-         rotated.stride[0], rotated.stride[1], int(queries.shape[1]), rotated.dtype == DType::bf16};
-  }
   ArenaScope scope(scratch_);
-  launch(latents_kernel, dim3(unsigned(n), unsigned(1 + ceil_div(q.heads * d_R / 2, pairs_a_block))), 256, 0, stream_, rows.f32(),
-         norm.f32(), eps, int(d_c), cos_sin.f32(), interleaved, on_gpu(slots), RowFormat(kv.format),
-         Pages{kv.base, kv.page_bytes, kv.page_tokens}, q);
+  LatentsFront front{int(n),
+                     rows.f32(),
+                     norm.f32(),
+                     eps,
+                     int(d_c),
+                     cos_sin.f32(),
+                     interleaved,
+                     on_gpu(slots),
+                     RowFormat(kv.format),
+                     {kv.base, kv.page_bytes, kv.page_tokens},
+                     {}};
+  if (!queries) return launch_front(front, stream_);
+  const Tensor from = queries->rotary(queries->q, d_R), to = queries->rotary(queries->to, d_R);
+  require(from.rank == 3 && to.rank == 3 && from.shape[0] == n && to.shape[0] == n && from.shape[1] == to.shape[1] &&
+              from.dtype == DType::f32 && (to.dtype == DType::f32 || to.dtype == DType::bf16) && from.stride[2] == 1 && to.stride[2] == 1,
+          "queries to be rotated", from, to);
+  front.q = {from.f32(), from.stride[0], from.stride[1], to.data, to.stride[0], to.stride[1], int(from.shape[1]), to.dtype == DType::bf16};
+  const Product heads = product_of_heads(queries->latent(queries->q, d_R), queries->w, queries->latent(queries->to, d_R));
+  if (n <= few_rows && heads.part[0].w.type != DType::f32 && has_few_columns(heads))
+    return launch_gemv<Kind::plain, few_warps>(heads, nullptr, front, stream_);
+  launch_front(front, stream_);
+  multiply(heads, scratch_, properties_.multiProcessorCount, stream_);
 }
 
 void CudaDevice::load(const Kv& kv, const Span& span, int64_t first, Tensor rows) {

@@ -53,7 +53,7 @@ class CudaDevice final : public Device {
   void copy(Tensor from, Tensor to) override;
   void store_expanded(Tensor kv, Tensor rotary, const Kv& to) override;
   void store_latents(Tensor rows, Tensor norm, float eps, Tensor cos_sin, bool interleaved, std::span<const int64_t> slots, const Kv& kv,
-                     Tensor queries, Tensor rotated) override;
+                     const Absorbed* queries) override;
   void store(Tensor rows, std::span<const int64_t> slots, const Kv& kv) override;
   void load(const Kv& kv, const Span& span, int64_t first, Tensor rows) override;
   void attend(Tensor q, const Kv& kv, Spans spans, Mask mask, float scale, Tensor o, Tensor lse, Attend how) override;

@@ -96,19 +96,23 @@ void CudaDevice::project(Tensor x, const float* norm, float eps, std::span<const
   }
 }
 
-void CudaDevice::linear_heads(Tensor x, const Weight& w, Tensor y) {
+Product product_of_heads(const Tensor& x, const Weight& w, const Tensor& y) {
   require(x.rank == 3 && y.rank == 3 && x.shape[1] == w.count && y.shape[1] == w.count && x.shape[2] == w.cols && y.shape[2] == w.rows &&
               x.shape[0] == y.shape[0],
           "products of heads of these shapes", x, y);
   const bool narrow = y.dtype == DType::bf16;
   require(x.dtype == DType::f32 && (narrow || y.dtype == DType::f32) && x.stride[2] == 1 && y.stride[2] == 1,
           "products of heads of these types", x, y);
-  if (x.shape[0] == 0) return;
-  ArenaScope scope(scratch_);
   Product p{};
   p.parts = 1, p.n = p.most = int(x.shape[0]), p.matrices = int(w.count);
   p.part[0] = {packed(w), {}, {y.data, narrow, y.stride[0], y.stride[1], nullptr, false}};
   p.x = {x.data, false, x.stride[0], x.stride[1], nullptr};
+  return p;
+}
+
+void CudaDevice::linear_heads(Tensor x, const Weight& w, Tensor y) {
+  const Product p = product_of_heads(x, w, y);
+  ArenaScope scope(scratch_);
   multiply(p, scratch_, properties_.multiProcessorCount, stream_);
 }
 

@@ -8,5 +8,7 @@ namespace mla::cuda {
 
 // Products of all parts with the rows of x. Without runs; with bf16 activations their rows must be a whole number of units long.
 void multiply(const Product& p, Arena& scratch, int processors, cudaStream_t stream);
+// y [n, heads, rows] = x [n, heads, cols] with each head's own matrix.
+Product product_of_heads(const Tensor& x, const Weight& w, const Tensor& y);
 
 }  // namespace mla::cuda

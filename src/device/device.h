@@ -46,6 +46,15 @@ struct FfnWeights {
   Weight down;      // [E, D, width]
 };
 
+// Queries q f32 [n, heads, d_h + d_R] as the latent space has them, to [n, heads, d_c + d_R] in query_type: [W_h q_c ; q_R rotated].
+struct Absorbed {
+  Tensor q;
+  const Weight& w;
+  Tensor to;
+  static Tensor latent(const Tensor& t, int64_t d_R) { return slice(t, 2, 0, t.shape[2] - d_R); }
+  static Tensor rotary(const Tensor& t, int64_t d_R) { return slice(t, 2, t.shape[2] - d_R, d_R); }
+};
+
 // Which experts a token goes to. expert i32 [n, k], weight f32 [n, k].
 struct Routing {
   Tensor expert, weight;
@@ -149,16 +158,19 @@ class Device {
   // A row is [K of all heads | V of all heads], or in MLA [latent | rotary key].
   virtual void store(Tensor rows, std::span<const int64_t> slots, const Kv& kv) = 0;
   // What MLA's tokens leave: of rows f32 [n, d_c + d_R], contiguous, the latents are normed by `norm` [d_c] and the keys rotated, in place,
-  // as rms_norm and rope do it, and the rows stored. Queries [n, heads, d_R], if they have data, are rotated by the same angles, to
-  // `rotated`.
+  // as rms_norm and rope do it, and the rows stored. Queries, if there are any, go into the latent space along with them, rotated by the
+  // same angles.
   virtual void store_latents(Tensor rows, Tensor norm, float eps, Tensor cos_sin, bool interleaved, std::span<const int64_t> slots,
-                             const Kv& kv, Tensor queries, Tensor rotated) {
-    const int64_t n = rows.shape[0], row = rows.shape[1], d_c = norm.count();
+                             const Kv& kv, const Absorbed* queries) {
+    const int64_t n = rows.shape[0], row = rows.shape[1], d_c = norm.count(), d_R = row - d_c;
     const Tensor latents = slice(rows, 1, 0, d_c), heads = view(rows.data, rows.dtype, {n, 1, row}, rows.place);
     rms_norm(latents, norm, eps, latents);
-    rope(slice(heads, 2, d_c, row - d_c), cos_sin, interleaved);
+    rope(slice(heads, 2, d_c, d_R), cos_sin, interleaved);
     store(rows, slots, kv);
-    if (queries.data) rope(queries, cos_sin, interleaved, rotated);
+    if (!queries) return;
+    const auto& [q, w, to] = *queries;
+    rope(Absorbed::rotary(q, d_R), cos_sin, interleaved, Absorbed::rotary(to, d_R));
+    linear_heads(Absorbed::latent(q, d_R), w, Absorbed::latent(to, d_R));
   }
   // Keys and values that were expanded from latents: kv f32 [n, heads, d_h + d_v], as W_UK and W_UV give them, and the rotary key
   // that all heads share, f32 [n, d_R], become rows of a contiguous Kv of d_k = d_h + d_R, f32 or bf16.

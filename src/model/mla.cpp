@@ -49,8 +49,8 @@ Projected project(Step& s, const MlaWeights& w, Tensor x) {
 }
 
 // Absorbed: q_c·k_c = q_c·(W_UK c) = (W_UKᵀ q_c)·c, and Σ p v = W_UV Σ p c. One cache head of width d_c + d_R serves all heads, so
-// this is MQA over latents; no key or value is formed. q [n, n_h, d_h + d_R] → o [n, n_h, d_v]. q_latent [n, n_h, d_c + d_R] in the
-// device's type for queries may have what is rotated of them already.
+// this is MQA over latents; no key or value is formed. q [n, n_h, d_h + d_R] → o [n, n_h, d_v]. With data, q_latent [n, n_h, d_c + d_R], in
+// the device's type for queries, has them in the latent space already.
 void attend_absorbed(Step& s, const MlaWeights& w, const Kv& kv, Spans spans, Tensor q, Tensor q_latent, Tensor cos_sin, Tensor o) {
   const Config& c = s.config;
   ArenaScope scope(s.arena);
@@ -58,8 +58,8 @@ void attend_absorbed(Step& s, const MlaWeights& w, const Kv& kv, Spans spans, Te
   if (!q_latent.data) {
     q_latent = s.arena.tensor(s.device.query_type(kv), {n, n_h, d_c + d_R});
     s.device.rope(slice(q, 2, d_h, d_R), cos_sin, c.rope_interleaved, slice(q_latent, 2, d_c, d_R));
+    s.device.linear_heads(slice(q, 2, 0, d_h), w.k_b_absorbed, slice(q_latent, 2, 0, d_c));
   }
-  s.device.linear_heads(slice(q, 2, 0, d_h), w.k_b_absorbed, slice(q_latent, 2, 0, d_c));
   Tensor o_latent = s.arena.tensor(DType::f32, {n, n_h, d_c});
   Tensor lse = s.arena.tensor(DType::f32, {n, n_h});
   s.device.attend(q_latent, kv, spans, {}, float(c.softmax_scale()), o_latent, lse);
@@ -115,16 +115,15 @@ bool absorbed_is_cheaper(const Config& c, int64_t n, int64_t T) {
 void attend_mla_heads(Step& s, int layer, const MlaWeights& w, Tensor x, Tensor o) {
   const Config& c = s.config;
   ArenaScope scope(s.arena);
-  const int64_t n = x.shape[0], n_h = c.num_attention_heads, d_h = c.qk_nope_head_dim, d_R = c.qk_rope_head_dim, d_c = c.kv_lora_rank;
+  const int64_t n = x.shape[0], n_h = c.num_attention_heads, d_R = c.qk_rope_head_dim, d_c = c.kv_lora_rank;
   const auto [q, rows] = project(s, w, x);
   const Kv kv = s.cache.layer(layer);
-  // Where all absorb, as in decode, queries are rotated along with the keys.
-  Tensor q_latent, unrotated, rotated;
-  if (std::all_of(s.spans.begin(), s.spans.end(), [&](const Span& span) { return absorbs(s, span); })) {
-    q_latent = s.arena.tensor(s.device.query_type(kv), {n, n_h, d_c + d_R});
-    unrotated = slice(q, 2, d_h, d_R), rotated = slice(q_latent, 2, d_c, d_R);
-  }
-  s.device.store_latents(rows, w.kv_a_norm, float(c.latent_norm_eps), s.cos_sin, c.rope_interleaved, s.slots, kv, unrotated, rotated);
+  // Where all absorb, as in decode, queries go into the latent space along with the keys.
+  const bool all = std::all_of(s.spans.begin(), s.spans.end(), [&](const Span& span) { return absorbs(s, span); });
+  const Tensor q_latent = all ? s.arena.tensor(s.device.query_type(kv), {n, n_h, d_c + d_R}) : Tensor{};
+  const Absorbed absorbed{q, w.k_b_absorbed, q_latent};
+  s.device.store_latents(rows, w.kv_a_norm, float(c.latent_norm_eps), s.cos_sin, c.rope_interleaved, s.slots, kv,
+                         all ? &absorbed : nullptr);
   s.note("attn.latent", rows);
 
   // Each sequence takes its cheaper form; neighbours that absorb go together.

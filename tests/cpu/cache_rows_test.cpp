@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 
 namespace mla {
 namespace {
@@ -83,12 +84,19 @@ TEST_P(Rows, ComeBackAsTheirTypeAllows) {
   }
 }
 
-TEST_P(Rows, OfLatentsAreNormedAndRotated) {
-  for (const auto& [d_c, d_R] : {std::pair(512, 64), std::pair(40, 8)})
+TEST_P(Rows, OfLatentsAreNormedAndRotatedAndQueriesFollow) {
+  for (const auto& [d_c, d_R, d_h, n] : {std::array{512, 64, 128, 1}, std::array{512, 64, 128, 5}, std::array{40, 8, 24, 5},
+                                         std::array{40, 8, 136, 5}, std::array{40, 8, 24, 9}}) {
+    constexpr int heads = 19;
+    std::vector<float> matrices = ref::random_floats(heads * d_c * d_h, 10);
+    std::vector<uint16_t> narrow;
+    for (float& x : matrices) narrow.push_back(f32_to_bf16(x)), x = bf16_to_f32(narrow.back());
+    const Weight w = device->pack(view(narrow.data(), DType::bf16, {heads, d_c, d_h}));
+    std::vector<ref::Matrix> of_head;
+    for (int h = 0; h < heads; ++h) of_head.push_back(ref::to_double(matrices.data() + h * d_c * d_h, d_c, d_h, d_h));
     for (const DType type : cache_types)
       for (const bool interleaved : {false, true}) {
-        SCOPED_TRACE(fmt::format("{} {} {}", d_c, info(type).name, interleaved));
-        constexpr int n = 5;
+        SCOPED_TRACE(fmt::format("{} {} {} {} {}", d_c, d_h, n, info(type).name, interleaved));
         const KvFormat format{KvLayout::mla(d_c, d_R), type};
         std::vector<std::byte> cache(size_t(n * format.row_bytes()), std::byte(0xff));
         const Kv kv{format, cache.data(), n * format.row_bytes(), n};
@@ -97,31 +105,34 @@ TEST_P(Rows, OfLatentsAreNormedAndRotated) {
         const std::vector<float> before = rows;
         std::vector<float> cos_sin;
         for (const float a : angles) cos_sin.push_back(std::cos(a)), cos_sin.push_back(std::sin(a));
-        const std::vector<int64_t> slots = {3, 0, 4, 1, 2};
-        constexpr int heads = 19;
-        std::vector<float> queries = ref::random_floats(n * heads * (d_R + 3), 9), rotated(size_t(n * heads * (d_R + 5)), NAN);
+        std::vector<int64_t> slots;
+        for (int i = 0; i < n; ++i) slots.push_back((i * 2 + n / 2) % n);
+        const int d_q = d_h + d_R, d_l = d_c + d_R;
+        std::vector<float> queries = ref::random_floats(n * heads * (d_q + 3), 9), to(size_t(n * heads * (d_l + 5)), NAN);
+        const Absorbed absorbed{slice(view(queries.data(), DType::f32, {n, heads, d_q + 3}), 2, 3, d_q), w,
+                                slice(view(to.data(), DType::f32, {n, heads, d_l + 5}), 2, 4, d_l)};
         device->store_latents(view(rows.data(), DType::f32, {n, d_c + d_R}), view(norm.data(), DType::f32, {d_c}), 1e-6f,
-                              view(cos_sin.data(), DType::f32, {n, d_R / 2, 2}), interleaved, slots, kv,
-                              slice(view(queries.data(), DType::f32, {n, heads, d_R + 3}), 2, 3, d_R),
-                              slice(view(rotated.data(), DType::f32, {n, heads, d_R + 5}), 2, 4, d_R));
+                              view(cos_sin.data(), DType::f32, {n, d_R / 2, 2}), interleaved, slots, kv, &absorbed);
         for (int i = 0; i < n; ++i) {
           const auto row = before.begin() + i * (d_c + d_R);
+          const ref::Row turns{angles.begin() + i * d_R / 2, angles.begin() + (i + 1) * d_R / 2};
           ref::Row want = ref::rms_norm({row, row + d_c}, {norm.begin(), norm.end()}, 1e-6);
-          const ref::Row key =
-              ref::rope({row + d_c, row + d_c + d_R}, {angles.begin() + i * d_R / 2, angles.begin() + (i + 1) * d_R / 2}, interleaved);
+          const ref::Row key = ref::rope({row + d_c, row + d_c + d_R}, turns, interleaved);
           want.insert(want.end(), key.begin(), key.end());
           EXPECT_LT(ref::relative_error(rows.data() + i * (d_c + d_R), want), 1e-5);
           for (int h = 0; h < heads; ++h) {
-            const auto query = queries.begin() + (i * heads + h) * (d_R + 3) + 3;
-            const ref::Row turned =
-                ref::rope({query, query + d_R}, {angles.begin() + i * d_R / 2, angles.begin() + (i + 1) * d_R / 2}, interleaved);
-            EXPECT_LT(ref::relative_error(rotated.data() + (i * heads + h) * (d_R + 5) + 4, turned), 1e-5);
+            const auto query = queries.begin() + (i * heads + h) * (d_q + 3) + 3;
+            const float* got = to.data() + (i * heads + h) * (d_l + 5) + 4;
+            EXPECT_LT(ref::relative_error(got, ref::product(of_head[size_t(h)], {query, query + d_h})), 1e-2);
+            EXPECT_LT(ref::relative_error(got + d_c, ref::rope({query + d_h, query + d_q}, turns, interleaved)), 1e-5);
+            EXPECT_TRUE(std::isnan(got[-1]) && std::isnan(got[d_l]));
           }
           const std::vector<double> stored = ref::decode_row(format, kv.row(0, slots[size_t(i)]));
           for (int64_t e = 0; e < d_c + d_R; ++e)
             ASSERT_LE(std::abs(stored[size_t(e)] - want[size_t(e)]), bound(format, rows.data() + i * (d_c + d_R), e) * 1.01 + 1e-4) << e;
         }
       }
+  }
 }
 
 TEST_P(Rows, OfZerosAndOfTinyNumbersStayFinite) {

@@ -50,7 +50,7 @@ TEST_P(ProductTest, AgreesWithDouble) {
   ASSERT_EQ(found, cudaSuccess);
   const auto [tile, gated, runs] = GetParam();
   const int step = tile ? tile : 8;
-  for (const int cols : {40, 64, 1000, 2048, 2816}) {
+  for (const int cols : {40, 64, 128, 1000, 2048, 2816}) {
     const int rows = 328, matrices = 3, n = 2 * step + step / 2 + 1;
     const Stack w(matrices, rows, cols, 1), up(matrices, rows, cols, 2);
     // With runs, all matrices share n rows, the last matrix has none; without, each head has n of its own.
