@@ -4,6 +4,7 @@
 #include "core/check.h"
 #include "cuda/hopper.h"
 #include "cuda/probe.h"
+#include "cuda/product.h"
 
 #include <algorithm>
 
@@ -45,7 +46,9 @@ CudaDevice::CudaDevice(int index)
       scratch_(memory_),
       staging_(stream_, threads_),
       inputs_(stream_),
-      graphs_(stream_) {
+      graphs_(stream_),
+      gate_arrivals_(few_rows * 4) {
+  check(cudaMemsetAsync(gate_arrivals_.data(), 0, gate_arrivals_.bytes(), stream_));
   check(cudaEventCreateWithFlags(&choice_.made, cudaEventDisableTiming));
   step_tokens = 4096, tile_bytes = int64_t(1) << 30;
 }

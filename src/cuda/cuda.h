@@ -84,6 +84,7 @@ class CudaDevice final : public Device {
   Staging staging_;  // of weights
   StagedInputs inputs_;
   StepGraphs graphs_;
+  GpuBuffer gate_arrivals_;             // of a gate's blocks, a counter a token
   const void* fresh_choice_ = nullptr;  // of the last routing, until another product has been launched
   uint64_t key_ = 0;                    // of the step that runs
   Choice choice_;

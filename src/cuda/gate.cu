@@ -1,8 +1,6 @@
-// The gate of a mixture: routing by scores, and for few tokens norm, router and routing in one kernel.
+// The gate of a mixture: routing by scores, and for few tokens norm, router and routing as work of a few blocks.
 #include "cuda/cuda.h"
-#include "cuda/launch.cuh"
-#include "cuda/pack.h"
-#include "cuda/product.h"
+#include "cuda/product_gemv.cuh"
 
 #include <algorithm>
 
@@ -86,88 +84,93 @@ void check_routing(const RouterConfig& c, int64_t n, const Routing& out) {
           "routing by these groups", out.expert);
 }
 
-constexpr int blocks = 8, warps = 8, gate_threads = 32 * warps, loads = 16, pass_columns = loads * 128;
-
 struct Gate {
   const float *x, *norm;
   float* h;
   float* scores;
   int64_t x_row, h_row, score_row;
   float eps;
-  PackedMatrix router;
+  int tokens;
+  PackedMatrix router;  // f32
   RouterConfig config;
   int32_t* expert;
   float* weight;
+  int32_t* arrived;  // [few_rows], zeros between launches
 };
 
-// A cluster has a token; each of its blocks norms it for itself and has a share of the experts, a warp one at a time, whose weights are on
-// their way before the token is there. The first block routes.
-__global__ void __launch_bounds__(gate_threads) gate_kernel(const __grid_constant__ Gate g) {
-  extern __shared__ __align__(16) float shared[];
-  __shared__ float part[warps];
-  const int d = g.router.cols, experts = g.config.experts, each = (experts + blocks - 1) / blocks, each_wide = (each + 3) / 4 * 4;
-  float *h = shared, *own = h + (d + 3) / 4 * 4, *all = own + each_wide;  // [d], [each], [experts]
-  const int rank = int(blockIdx.x) % blocks, thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const int64_t token = blockIdx.x / blocks;
-  const int first = rank * each, count = max(0, min(each, experts - first));
-  float4 w[loads];
-  auto fetch = [&](int e, int from) {
-    const auto* row = reinterpret_cast<const float*>(g.router.codes(0, first + e));
-#pragma unroll
-    for (int i = 0; i < loads; ++i) {
-      const int at = from + i * 128 + lane * 4;
-      w[i] = at < d ? *reinterpret_cast<const float4*>(row + at) : float4{};  // rows end in zeros
-    }
-  };
-  if (warp < count) fetch(warp, 0);
-  begin_kernel();
-  const float* x = g.x + token * g.x_row;
-  float square = 0;
-  for (int i = thread; i < d; i += gate_threads) {
-    h[i] = x[i];
-    square += h[i] * h[i];
-  }
-  for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(~0u, square, step);
-  if (lane == 0) part[warp] = square;
-  __syncthreads();
-  square = part[lane % warps];
-  for (int step = warps / 2; step > 0; step /= 2) square += __shfl_xor_sync(~0u, square, step);
-  const float scale = rsqrtf(square / float(d) + g.eps);
-  for (int i = thread; i < (d + 3) / 4 * 4; i += gate_threads) {
-    const float y = i < d ? h[i] * scale * g.norm[i] : 0;
-    h[i] = y;
-    if (i < d && i / gate_threads % blocks == rank) g.h[token * g.h_row + i] = y;
-  }
-  __syncthreads();
-  for (int e = warp; e < count; e += warps) {
-    float sum = 0;
-    for (int from = 0; from < d; from += pass_columns) {
-      if (e != warp || from > 0) fetch(e, from);
+// A token has a few blocks; each norms it for itself and has a share of the experts, a warp one at a time, whose weights are on their way
+// before the token is there. The last block to arrive routes.
+struct GateFront {
+  static constexpr int token_blocks = 8, warps = gemv_warps, loads = 16, pass_columns = loads * 128;
+  Gate g;
+
+  __host__ __device__ int blocks() const { return g.tokens * token_blocks; }
+  size_t shared_bytes() const { return (size_t(round_up(g.router.cols, 4)) + size_t(g.config.experts)) * 4; }
+  __device__ void run(int block, uint8_t* memory) const {
+    __shared__ float part[warps];
+    const int d = g.router.cols, experts = g.config.experts, each = (experts + token_blocks - 1) / token_blocks;
+    const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32, rank = block % token_blocks, token = block / token_blocks;
+    const int first = rank * each, count = max(0, min(each, experts - first));
+    auto* h = reinterpret_cast<float*>(memory);
+    float4 w[loads];
+    auto fetch = [&](int e, int from) {
+      const auto* row = reinterpret_cast<const float*>(g.router.codes(0, first + e));
 #pragma unroll
       for (int i = 0; i < loads; ++i) {
         const int at = from + i * 128 + lane * 4;
-        if (at >= d) break;
-        const float4 y = *reinterpret_cast<const float4*>(h + at);
-        sum += w[i].x * y.x + w[i].y * y.y + w[i].z * y.z + w[i].w * y.w;
+        w[i] = at < d ? *reinterpret_cast<const float4*>(row + at) : float4{};  // rows end in zeros
       }
+    };
+    if (warp < count) fetch(warp, 0);
+    prefetch_floats(g.norm, d);
+    begin_kernel();
+    const float* x = g.x + token * g.x_row;
+    float square = 0;
+    for (int i = thread; i < d; i += gemv_threads) {
+      h[i] = x[i];
+      square += h[i] * h[i];
     }
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (lane == 0) own[e] = sum, g.scores[token * g.score_row + first + e] = sum;
-  }
-  cluster_sync();
-  if (rank == 0) {
-    for (int q = thread; q < blocks * each_wide / 4; q += gate_threads) {
-      const int block = q / (each_wide / 4), e = q % (each_wide / 4) * 4;
-      const float4 four = cluster_read(shared_address(own + e), block);
-      const float some[4] = {four.x, four.y, four.z, four.w};
-      for (int i = 0; i < 4; ++i)
-        if (e + i < each && block * each + e + i < experts) all[block * each + e + i] = some[i];
+    for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(~0u, square, step);
+    if (lane == 0) part[warp] = square;
+    __syncthreads();
+    square = part[lane % warps];
+    for (int step = warps / 2; step > 0; step /= 2) square += __shfl_xor_sync(~0u, square, step);
+    const float scale = rsqrtf(square / float(d) + g.eps);
+    for (int i = thread; i < (d + 3) / 4 * 4; i += gemv_threads) {
+      const float y = i < d ? h[i] * scale * g.norm[i] : 0;
+      h[i] = y;
+      if (i < d && i / gemv_threads % token_blocks == rank) g.h[token * g.h_row + i] = y;
     }
     __syncthreads();
-    if (warp == 0) route_token(all, g.config, lane, g.expert + token * g.config.top_k, g.weight + token * g.config.top_k);
+    float* scores = g.scores + token * g.score_row;
+    for (int e = warp; e < count; e += warps) {
+      float sum = 0;
+      for (int from = 0; from < d; from += pass_columns) {
+        if (e != warp || from > 0) fetch(e, from);
+#pragma unroll
+        for (int i = 0; i < loads; ++i) {
+          const int at = from + i * 128 + lane * 4;
+          if (at >= d) break;
+          const float4 y = *reinterpret_cast<const float4*>(h + at);
+          sum += w[i].x * y.x + w[i].y * y.y + w[i].z * y.z + w[i].w * y.w;
+        }
+      }
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      if (lane == 0) scores[first + e] = sum;
+    }
+    __threadfence();
+    __syncthreads();
+    if (warp > 0) return;
+    const int before = __shfl_sync(~0u, lane == 0 ? atomicAdd(&g.arrived[token], 1) : 0, 0);
+    if (before + 1 < token_blocks) return;
+    __threadfence();
+    if (lane == 0) g.arrived[token] = 0;
+    float* all = h + (d + 3) / 4 * 4;
+    for (int e = lane; e < experts; e += 32) all[e] = __ldcg(scores + e);
+    __syncwarp();
+    route_token(all, g.config, lane, g.expert + token * g.config.top_k, g.weight + token * g.config.top_k);
   }
-  cluster_sync();  // nobody goes while the first block reads
-}
+};
 
 }  // namespace
 
@@ -183,8 +186,9 @@ void CudaDevice::route(Tensor logits, const RouterConfig& c, Routing out) {
 
 void CudaDevice::gate(Tensor x, Tensor norm, float eps, Tensor h, const Weight& router, const RouterConfig& c, Tensor scores, Routing out) {
   const int64_t n = x.shape[0], d = x.shape[1];
-  const size_t shared = (size_t(round_up(d, 4)) + size_t(c.experts) + size_t(ceil_div(c.experts, blocks)) + 8) * 4;
-  if (!hopper() || n > few_rows || router.dtype != DType::f32 || shared > most_shared_bytes())
+  const GateFront front{{x.f32(), norm.f32(), h.f32(), scores.f32(), x.stride[0], h.stride[0], scores.stride[0], eps, int(n),
+                         packed(router), c, out.expert.as<int32_t>(), out.weight.f32(), reinterpret_cast<int32_t*>(gate_arrivals_.data())}};
+  if (n == 0 || n > few_rows || router.dtype != DType::f32 || front.shared_bytes() > most_shared_bytes())
     return Device::gate(x, norm, eps, h, router, c, scores, out);
   require(x.rank == 2 && h.rank == 2 && h.shape[0] == n && h.shape[1] == d && norm.count() == d && x.stride[1] == 1 && h.stride[1] == 1,
           "a gate", x, h);
@@ -193,19 +197,7 @@ void CudaDevice::gate(Tensor x, Tensor norm, float eps, Tensor h, const Weight& 
           "a gate of this router", x, scores);
   check_routing(c, n, out);
   fresh_choice_ = out.expert.data;
-  const Gate g{x.f32(),
-               norm.f32(),
-               h.f32(),
-               scores.f32(),
-               x.stride[0],
-               h.stride[0],
-               scores.stride[0],
-               eps,
-               packed(router),
-               c,
-               out.expert.as<int32_t>(),
-               out.weight.f32()};
-  launch_clusters(blocks, gate_kernel, unsigned(n * blocks), gate_threads, shared, stream_, g);
+  launch_front(front, stream_);
 }
 
 }  // namespace mla::cuda

@@ -1,6 +1,6 @@
 // How weights lie in the GPU's memory. A matrix keeps its rows one after the other, padded with zeros to 16 rows and to whole units of
 // columns. f32 and bf16 stay as they are and f16 becomes bf16. Quantised rows are [codes of all rows | scales], the codes in the order in
-// which four lanes of a warp multiply them (product_gemv.cu). q8_0 and q4_0 keep the file's numbers, with an f16 scale for each 32 columns
+// which four lanes of a warp multiply them (product_gemv.cuh). q8_0 and q4_0 keep the file's numbers, with an f16 scale for each 32 columns
 // of a row; the other quantised types become q8_0, which rounds them by at most 1/254 of their block's largest. fp8 keeps the file's
 // numbers, too: codes in the order of q8_0, and an f32 scale for each 128 rows × 128 columns.
 #pragma once
