@@ -13,28 +13,28 @@
 namespace mla {
 namespace {
 
-using Metadata = nlohmann::json;
+using SortedJson = nlohmann::json;
 
 // A GGUF key's value where it is there and of the right kind.
-const Metadata* value(const Metadata& metadata, const char* key, bool (Metadata::*is_kind)() const noexcept, const char* kind) {
+const SortedJson* value(const SortedJson& metadata, const char* key, bool (SortedJson::*is_kind)() const noexcept, const char* kind) {
   const auto found = metadata.find(key);
   if (found == metadata.end()) return nullptr;
   if (!((*found).*is_kind)()) fail_input("the GGUF's {} is not a {}", key, kind);
   return &*found;
 }
 
-std::string text_of(const Metadata& metadata, const char* key) {
-  const Metadata* v = value(metadata, key, &Metadata::is_string, "string");
+std::string text_of(const SortedJson& metadata, const char* key) {
+  const SortedJson* v = value(metadata, key, &SortedJson::is_string, "string");
   return v ? v->get<std::string>() : std::string();
 }
 
-std::optional<bool> flag_of(const Metadata& metadata, const char* key) {
-  const Metadata* v = value(metadata, key, &Metadata::is_boolean, "flag");
+std::optional<bool> flag_of(const SortedJson& metadata, const char* key) {
+  const SortedJson* v = value(metadata, key, &SortedJson::is_boolean, "flag");
   return v ? std::optional(v->get<bool>()) : std::nullopt;
 }
 
-int32_t id_of(const Metadata& metadata, const char* key) {
-  const Metadata* v = value(metadata, key, &Metadata::is_number_integer, "whole number");
+int32_t id_of(const SortedJson& metadata, const char* key) {
+  const SortedJson* v = value(metadata, key, &SortedJson::is_number_integer, "whole number");
   if (!v) return -1;
   const auto id = v->get<int64_t>();
   return id >= 0 && id < INT32_MAX ? int32_t(id) : -1;
@@ -60,7 +60,7 @@ std::unique_ptr<Model> load(const Checkpoint& checkpoint, Device& device) {
 }  // namespace
 
 Tokenizer::GgufVocabulary gguf_vocabulary(const Checkpoint& checkpoint) {
-  const Metadata& m = checkpoint.metadata();
+  const SortedJson& m = checkpoint.metadata();
   Tokenizer::GgufVocabulary v;
   v.model = text_of(m, "tokenizer.ggml.model");
   v.pre = text_of(m, "tokenizer.ggml.pre");
@@ -132,9 +132,9 @@ std::vector<int32_t> Session::end_tokens() const {
   if (tokenizer_) ids.push_back(tokenizer_->eos());
   // Chat models end a turn with more tokens than their config says; the list is here.
   if (const auto text = checkpoint_.text("generation_config.json")) {
-    const Metadata json = parse_json(*text, "generation_config.json");
-    const Metadata eos = json.is_object() ? json.value("eos_token_id", Metadata()) : Metadata();
-    for (const Metadata& id : eos.is_array() ? eos : Metadata::array({eos}))
+    const SortedJson json = parse_json(*text, "generation_config.json");
+    const SortedJson eos = json.is_object() ? json.value("eos_token_id", SortedJson()) : SortedJson();
+    for (const SortedJson& id : eos.is_array() ? eos : SortedJson::array({eos}))
       if (id.is_number_integer() && id.get<int64_t>() >= 0 && id.get<int64_t>() < config().vocab_size) ids.push_back(id.get<int32_t>());
   }
   std::sort(ids.begin(), ids.end());
