@@ -7,7 +7,6 @@
 #include "core/random.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 
 namespace mla {

@@ -63,7 +63,7 @@ void check_finite(const Matrix& a, std::string_view what);
 
 void set_math_threads(int threads);  // of BLAS and LAPACK, for the whole program
 
-// OpenBLAS falls back to kernels of 2004 on processors that are newer than itself; it takes others only from the environment, when a
+// OpenBLAS falls back to kernels of 2004 on processors that it does not know; it takes others only from the environment, when a
 // program starts. The core whose kernels it should take instead of `chosen`, or nothing where that is as good.
 std::string_view better_core(std::string_view chosen, bool avx2, bool avx512);
 // Starts the program again with that core in its environment, unless OPENBLAS_CORETYPE is set already.

@@ -193,7 +193,7 @@ TEST(Factor, RefusesWhatCannotBeFactorised) {
   }
 }
 
-// Debian 12's OpenBLAS takes Emerald Rapids and what came after it for a Prescott.
+// Debian 12's OpenBLAS takes an Emerald Rapids for a Prescott.
 TEST(Math, OldKernelsGiveWayToWhatTheProcessorHas) {
   EXPECT_EQ(better_core("Prescott", true, true), "SkylakeX");
   EXPECT_EQ(better_core("Nehalem", true, false), "Haswell");
