@@ -110,8 +110,8 @@ class Conversion {
         "Converted by `mla convert` from grouped-query attention. It leaves {} + {} elements of a token and layer in the cache instead of "
         "{}.\n\n"
         "| | |\n|---|---|\n| preset | {} |\n| method | {} |\n| weights | {}{} |\n| constants of unrotated channels | {} |\n"
-        "| frequencies folded | {} |\n| seed | {} |\n"
-        "| rotary base | {} |\n| query latent | {} |\n| values' share β | {}{} |\n| latent norm | {} |\n"
+        "| rotary pairs | {} |\n| frequencies folded | {} |\n| seed | {} |\n"
+        "| rotary base | {} |\n| query latent | {} |\n| values' share β | {}{}{} |\n| latent norm | {} |\n"
         "| refit | W_O {} (λ {}){}{} |\n| calibration | {} tokens of {}, windows of {}{} |\n"
         "| perplexity before, after | {:.3f}, {:.3f} ({} tokens of {}, a cache in {}) |\n| KL divergence | {:.4f} |\n",
         fs::weakly_canonical(a_.path).filename().string(), l.kv_lora_rank, l.qk_rope_head_dim, config_.kv_layout().row(), a_.preset,
@@ -119,8 +119,10 @@ class Conversion {
         l.constant == Constant::one    ? "1"
         : l.constant == Constant::mean ? "mean"
                                        : "least squares",
-        l.fold ? "yes" : "no", l.seed, options_.rope_theta > 0 ? options_.rope_theta : config_.rope_theta,
+        l.rotary == Rotary::norm ? "one head's, by norms" : "a direction over heads", l.fold ? "yes" : "no", l.seed,
+        options_.rope_theta > 0 ? options_.rope_theta : config_.rope_theta,
         options_.q_lora_rank > 0 ? std::to_string(options_.q_lora_rank) : "none", l.value_share, a_.search ? ", searched" : "",
+        l.balance ? "" : ", energies not balanced",
         l.latent_norm == LatentNorm::constant     ? "constant channel"
         : l.latent_norm == LatentNorm::functional ? "linear functional"
                                                   : "scale",
@@ -200,6 +202,9 @@ void add_convert(CLI::App& program, Work& work) {
   c.add_option("--constant", a->constant, "what stands for a lost rotation: one, mean or ls (default: ls)")
       ->option_text("NAME")
       ->group("steps");
+  c.add_option("--rotary", a->rotary, "what a rotary pair carries: direction or norm (default: direction)")
+      ->option_text("NAME")
+      ->group("steps");
   c.add_option("--latent-norm", a->latent_norm, "constant, functional or scale (default: constant)")->option_text("NAME")->group("steps");
   c.add_option("--refit", a->refit, "of W_O: none, layer or drift (default: drift)")->option_text("NAME")->group("steps");
   c.add_option("--value-share", a->value_share, "the values' share in the factorisation, the keys' being 1 (default: 2)")
@@ -232,6 +237,7 @@ void add_convert(CLI::App& program, Work& work) {
   c.add_flag("--no-activations", a->no_activations, "do not weigh inputs by their second moments")->group("steps");
   c.add_flag("--no-metric", a->no_metric, "do not weigh keys and values by what they do")->group("steps");
   c.add_flag("--no-fold", a->no_fold, "do not fold neighbouring frequencies into a rotary pair")->group("steps");
+  c.add_flag("--no-balance", a->no_balance, "do not divide keys and values by their energies")->group("steps");
   c.add_flag("--no-down", a->no_down, "do not refit W_down")->group("steps");
   c.add_flag("--parallel", a->parallel, "calibrate every layer on the original's stream")->group("steps");
   c.add_option("--seed", a->seed, "of the randomised SVD (default: 0)")->option_text("S")->group("steps");

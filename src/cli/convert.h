@@ -19,7 +19,7 @@ namespace mla {
 class Tokenizer;
 
 struct ConvertArguments {
-  std::string path, out, type = "bf16", calibrate, preset = "mla", cut, method, constant, refit, latent_norm, kv_type = "bf16";
+  std::string path, out, type = "bf16", calibrate, preset = "mla", cut, method, constant, rotary, refit, latent_norm, kv_type = "bf16";
   std::vector<std::string> evaluate;
   MachineOptions machine;
   int64_t rank = 0, rope_dim = 0, query_rank = 0, tokens = 45056, evaluate_windows = 4, window = 512;
@@ -27,7 +27,8 @@ struct ConvertArguments {
   std::optional<double> value_share, output_ridge, down_ridge, fit_rate;
   std::optional<int> fit_passes;
   uint64_t seed = 0;
-  bool no_activations = false, no_metric = false, no_fold = false, no_down = false, parallel = false, force = false, json = false;
+  bool no_activations = false, no_metric = false, no_fold = false, no_balance = false, no_down = false, parallel = false, force = false,
+       json = false;
   bool sweep = false, search = false;
   std::string sweep_cuts = "33.33%,50%,68.75%,81.25%", sweep_methods = "svd,qr,rsvd,cur", sweep_weights = "metric";
 };

@@ -103,6 +103,8 @@ ConvertOptions read_steps(const ConvertArguments& a) {
     l.constant =
         chosen(a.constant, "--constant",
                std::array{std::pair("one", Constant::one), std::pair("mean", Constant::mean), std::pair("ls", Constant::least_squares)});
+  if (!a.rotary.empty())
+    l.rotary = chosen(a.rotary, "--rotary", std::array{std::pair("direction", Rotary::direction), std::pair("norm", Rotary::norm)});
   if (!a.latent_norm.empty())
     l.latent_norm = chosen(a.latent_norm, "--latent-norm",
                            std::array{std::pair("constant", LatentNorm::constant), std::pair("functional", LatentNorm::functional),
@@ -113,6 +115,7 @@ ConvertOptions read_steps(const ConvertArguments& a) {
   l.activations = l.activations && !a.no_activations;
   l.metric = l.metric && !a.no_metric;
   l.fold = l.fold && !a.no_fold;
+  l.balance = l.balance && !a.no_balance;
   if (a.value_share) l.value_share = *a.value_share;
   l.seed = a.seed;
   o.refit_down = o.refit_down && !a.no_down;

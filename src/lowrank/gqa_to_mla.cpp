@@ -124,45 +124,63 @@ class Conversion {
     return energy;
   }
 
-  // Each rotary pair takes the complex direction over all KV heads, and over the frequencies folded into it, that carries the most: k is
-  // u (b^H k) + rest, and the rest loses its rotation. Within one frequency this is exact for what is kept, since all heads turn alike.
+  // A KV head's pair in a slot: the slot's key is Σ take k, and what is left of the pair's own k − give key.
+  struct Share {
+    int64_t group, pair;
+    Complex take, give;
+  };
+
+  // The complex direction over all pairs that carries the most: k is u (b^H k) + rest. Within one frequency this is exact for what is kept,
+  // since all heads turn alike.
+  void take_direction(std::vector<Share>& channels, const Matrix& moments, const Matrix& energy) const {
+    const auto n = int64_t(channels.size());
+    std::vector<double> weights;
+    for (const Share& c : channels) weights.push_back(o_.metric ? std::max(weight(energy, c.group, c.pair), 1e-12) : 1);
+    std::vector<Complex> h(static_cast<size_t>(n * n));
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < n; ++j) {
+        const Share &ci = channels[size_t(i)], &cj = channels[size_t(j)];
+        const int64_t a = re(ci.group, ci.pair), b = im(ci.group, ci.pair), x = re(cj.group, cj.pair), y = im(cj.group, cj.pair);
+        h[size_t(i * n + j)] =
+            Complex(moments(a, x) + moments(b, y), moments(b, x) - moments(a, y)) * weights[size_t(i)] * weights[size_t(j)];
+      }
+    const std::vector<Complex> u = leading_eigenvector(h, n);
+    for (size_t i = 0; i < channels.size(); ++i) channels[i].take = std::conj(u[i]) * weights[i], channels[i].give = u[i] / weights[i];
+  }
+
+  void take_largest(std::vector<Share>& channels, const Matrix& moments, const Matrix& energy) const {
+    const int64_t per_group = s_.heads / s_.groups;
+    const auto norms = [&](const Share& c) {
+      double queries = 0;
+      for (int64_t i = c.group * per_group; i < (c.group + 1) * per_group; ++i) queries += std::sqrt(energy(i, c.pair));
+      const int64_t a = re(c.group, c.pair), b = im(c.group, c.pair);
+      return queries * std::sqrt(moments(a, a) + moments(b, b));
+    };
+    Share& chosen = *std::ranges::max_element(channels, {}, norms);
+    chosen.take = chosen.give = 1;
+  }
+
+  // The rotary key slot by slot, the queries that meet it, and what it leaves of the keys, which loses its rotation.
   void choose_rotary() {
-    const int64_t D = s_.hidden, slots = o_.qk_rope_head_dim / 2, d = s_.head_dim;
+    const int64_t D = s_.hidden, slots = o_.qk_rope_head_dim / 2;
     const std::vector<std::vector<int64_t>> pairs = this->slots();
     const Matrix moments = multiply(multiply(k_, c_), k_, Transposed::right), energy = query_energy();
     rest_ = k_;
     rotary_key_ = Matrix(2 * slots, D);
     rotary_query_ = Matrix(s_.heads * 2 * slots, D);
     for (int64_t slot = 0; slot < slots; ++slot) {
-      const std::vector<int64_t>& own = pairs[size_t(slot)];
-      const auto here = int64_t(own.size()), n = s_.groups * here;
-      const auto channel = [&](int64_t i) { return std::pair(i / here, own[size_t(i % here)]); };  // group, frequency
-      std::vector<double> weights;
-      for (int64_t i = 0; i < n; ++i)
-        weights.push_back(o_.metric ? std::max(weight(energy, channel(i).first, channel(i).second), 1e-12) : 1);
-      std::vector<Complex> h(static_cast<size_t>(n * n));
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t j = 0; j < n; ++j) {
-          const auto [gi, fi] = channel(i);
-          const auto [gj, fj] = channel(j);
-          const int64_t a = re(gi, fi), b = im(gi, fi), x = re(gj, fj), y = im(gj, fj);
-          h[size_t(i * n + j)] =
-              Complex(moments(a, x) + moments(b, y), moments(b, x) - moments(a, y)) * weights[size_t(i)] * weights[size_t(j)];
-        }
-      const std::vector<Complex> u = leading_eigenvector(h, n);
+      std::vector<Share> channels;
+      for (int64_t g = 0; g < s_.groups; ++g)
+        for (int64_t pair : pairs[size_t(slot)]) channels.push_back({g, pair, 0, 0});
+      o_.rotary == Rotary::norm ? take_largest(channels, moments, energy) : take_direction(channels, moments, energy);
       double* key_re = rotary_key_.row(2 * slot);
       double* key_im = rotary_key_.row(2 * slot + 1);
-      for (int64_t i = 0; i < n; ++i) {
-        const auto [g, f] = channel(i);
-        add_scaled(std::conj(u[size_t(i)]) * weights[size_t(i)], k_.row(re(g, f)), k_.row(im(g, f)), key_re, key_im, D);
-      }
-      for (int64_t i = 0; i < n; ++i) {
-        const auto [g, f] = channel(i);
-        const Complex back = u[size_t(i)] / weights[size_t(i)];
-        add_scaled(-back, key_re, key_im, rest_.row(g * d + f), rest_.row(g * d + f + s_.pairs()), D);
+      for (const Share& c : channels) add_scaled(c.take, k_.row(re(c.group, c.pair)), k_.row(im(c.group, c.pair)), key_re, key_im, D);
+      for (const Share& c : channels) {
+        add_scaled(-c.give, key_re, key_im, rest_.row(re(c.group, c.pair)), rest_.row(im(c.group, c.pair)), D);
         for (int64_t head = 0; head < s_.heads; ++head)
-          if (group(head) == g)
-            add_scaled(std::conj(back * folded(head, f)), q_.row(re(head, f)), q_.row(im(head, f)),
+          if (group(head) == c.group)
+            add_scaled(std::conj(c.give * folded(head, c.pair)), q_.row(re(head, c.pair)), q_.row(im(head, c.pair)),
                        rotary_query_.row(head * 2 * slots + 2 * slot), rotary_query_.row(head * 2 * slots + 2 * slot + 1), D);
       }
     }
@@ -174,10 +192,11 @@ class Conversion {
                    D);
   }
 
-  // The square root of a block's metric, scaled so that the energy of the block's outputs is `share`; `whole` is what would be a lot.
-  static Matrix metric_root(const Matrix& metric, const Matrix& outputs, double whole, double share) {
-    const double energy = inner_product(metric, outputs);
-    if (!(energy > 1e-10 * whole)) return identity(metric.rows);  // nothing is left there but rounding
+  // The square root of a block's metric, scaled so that the energy of the block's outputs is `share`, or by that alone where nothing is
+  // balanced; `whole` is what would be a lot.
+  Matrix metric_root(const Matrix& metric, const Matrix& outputs, double whole, double share) const {
+    const double energy = o_.balance ? inner_product(metric, outputs) : 1;
+    if (o_.balance && !(energy > 1e-10 * whole)) return identity(metric.rows);  // nothing is left there but rounding
     Matrix root = symmetric_power(metric, 0.5, 1e-6);
     for (double& x : root.data) x *= std::sqrt(share / energy);
     return root;

@@ -16,14 +16,23 @@ enum class Constant : uint8_t { one, mean, least_squares };
 // constant to second order; the linear functional of the input that is nearest to a constant; or one calibrated scale.
 enum class LatentNorm : uint8_t { constant, functional, scale };
 
+// What a rotary pair carries of the KV heads' pairs that it stands for: the complex direction over them that carries the most, or the one
+// pair of one head with the largest Σ |q| |k| over that head's queries. The second is MHA2MLA's choice as far as DeepSeek-V2 can express
+// it: there every KV head turns pairs of its own, whichever it chooses. Here one key over one ladder serves all heads, so that a pair of
+// the ladder turns for one KV head's queries and for no others, and a chosen pair that is not of the ladder turns by the nearest that is;
+// without folding and over the model's own base only pairs of the ladder are chosen.
+enum class Rotary : uint8_t { direction, norm };
+
 struct LayerOptions {
   Method method = Method::svd;
   int64_t kv_lora_rank = 0, qk_rope_head_dim = 0;
+  Rotary rotary = Rotary::direction;
   Constant constant = Constant::least_squares;
   bool activations = true;  // weigh inputs by their second moments
   bool metric = true;       // weigh keys by E[q qᵀ] and values by W_Oᵀ W_O, in the choice of the rotary key too
   bool fold = true;         // fold neighbouring frequencies into each rotary pair, where qk_rope_head_dim < head_dim
-  double value_share = 2;   // β: the values' energy in the metric, over the keys'
+  bool balance = true;      // divide keys and values by their energies in the metric
+  double value_share = 2;   // β: the values' energy in the metric, over the keys'; without balance its factor
   LatentNorm latent_norm = LatentNorm::constant;
   uint64_t seed = 0;
   // The original's pairs that each rotary pair stands for; empty: neighbours in equal numbers.

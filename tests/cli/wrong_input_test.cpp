@@ -198,6 +198,7 @@ TEST_F(WrongInput, Convert) {
   refused({"--cut", "50%", "--method", "lu"}, {"--method is \"lu\""});
   refused({"--cut", "50%", "--preset", "best"}, {"--preset is \"best\""});
   refused({"--cut", "50%", "--refit", "all"}, {"--refit is \"all\"", "drift"});
+  refused({"--cut", "50%", "--rotary", "best"}, {"--rotary is \"best\"", "norm"});
   refused({"--cut", "50%", "--latent-norm", "no"}, {"--latent-norm is \"no\""});
   refused({"--cut", "50%", "--value-share", "-1"}, {"-1"});
   refused({"--cut", "50%", "--type", "q8_0"}, {"bf16 or f32"});

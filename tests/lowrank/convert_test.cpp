@@ -151,7 +151,9 @@ TEST_F(ConvertModel, EveryStepCanBeSwitchedOffAndMatters) {
   without("least squares", [](ConvertOptions& o) { o.layer.constant = Constant::mean; });
   without("fit", [](ConvertOptions& o) { o.fit_passes = 0; });
   without("rotary base", [](ConvertOptions& o) { o.rope_theta = 3000; });
-  without("balance", [](ConvertOptions& o) { o.layer.value_share = 0.5; });
+  without("best direction", [](ConvertOptions& o) { o.layer.rotary = Rotary::norm; });
+  without("balance", [](ConvertOptions& o) { o.layer.balance = false; });
+  without("values' share", [](ConvertOptions& o) { o.layer.value_share = 0.5; });
   without("constant channel", [](ConvertOptions& o) { o.layer.latent_norm = LatentNorm::scale; });
   without("bias", [](ConvertOptions& o) { o.layer.latent_norm = LatentNorm::functional; });
   for (Method method : {Method::qr, Method::rsvd, Method::cur}) without("svd", [&](ConvertOptions& o) { o.layer.method = method; });

@@ -230,6 +230,126 @@ TEST(ConvertLayer, WeightsBringScoresAndValuesNearer) {
   EXPECT_LT(both, activations);
 }
 
+// Scales a pair of a head's rows to a norm.
+void set_norm(const GqaShape& s, Matrix& w, int64_t head, int64_t pair, double norm) {
+  const int64_t re = head * s.head_dim + (s.interleaved ? 2 * pair : pair), im = re + (s.interleaved ? 1 : s.pairs());
+  double squares = 0;
+  for (int64_t r : {re, im}) squares += std::inner_product(w.row(r), w.row(r) + w.cols, w.row(r), 0.0);
+  for (int64_t r : {re, im})
+    for (int64_t j = 0; j < w.cols; ++j) w(r, j) *= norm / std::sqrt(squares);
+}
+
+// All norms 1 but a few: of pairs 0 and 1 head group 1's pair 1 has the largest Σ|q| |k|, though not the largest |q| or |k|; of pairs 2 and
+// 3 group 0's pair 3, though its queries' root mean square is not the largest.
+GqaMatrices weights_of_known_norms(const GqaShape& s, uint64_t seed) {
+  GqaMatrices w = random_weights(s, seed);
+  for (int64_t p = 0; p < s.pairs(); ++p) {
+    for (int64_t h = 0; h < s.heads; ++h) set_norm(s, w.q, h, p, 1);
+    for (int64_t g = 0; g < s.groups; ++g) set_norm(s, w.k, g, p, 1);
+  }
+  set_norm(s, w.k, 1, 1, 3), set_norm(s, w.q, 2, 1, 3), set_norm(s, w.q, 3, 1, 3);
+  set_norm(s, w.k, 0, 0, 6), set_norm(s, w.q, 0, 1, 6), set_norm(s, w.q, 1, 1, 6);
+  set_norm(s, w.q, 0, 2, 10), set_norm(s, w.q, 0, 3, 6), set_norm(s, w.q, 1, 3, 6);
+  return w;
+}
+
+// up · down of a layer as [W_K; W_V] of the groups.
+Matrix latent_product(const GqaShape& s, const MlaMatrices& m) {
+  const int64_t d = s.head_dim, n = s.groups * d;
+  Matrix down(m.kv_b.cols, s.hidden), up(2 * n, m.kv_b.cols);
+  std::copy_n(m.kv_a.data.begin(), down.data.size(), down.data.begin());
+  for (int64_t g = 0; g < s.groups; ++g)
+    for (int64_t i = 0; i < d; ++i) {
+      const int64_t row = g * (s.heads / s.groups) * 2 * d + i;
+      std::copy_n(m.kv_b.row(row), up.cols, up.row(g * d + i));
+      std::copy_n(m.kv_b.row(row + d), up.cols, up.row(n + g * d + i));
+    }
+  return multiply(up, down);
+}
+
+// [W_K without the pairs (1, 1) and (0, 3); W_V], values times a factor.
+Matrix keys_left_and_values(const GqaMatrices& w, double factor) {
+  Matrix joint(w.k.rows + w.v.rows, w.k.cols);
+  std::copy(w.k.data.begin(), w.k.data.end(), joint.data.begin());
+  for (int64_t r : {8 + 1, 8 + 5, 3, 7}) std::fill_n(joint.row(r), joint.cols, 0);
+  for (size_t i = 0; i < w.v.data.size(); ++i) joint.data[w.k.data.size() + i] = factor * w.v.data[i];
+  return joint;
+}
+
+Matrix truncated(const Matrix& a, int64_t rank) {
+  Svd f = svd(a);
+  Matrix out(a.rows, a.cols);
+  for (int64_t i = 0; i < a.rows; ++i)
+    for (int64_t k = 0; k < rank; ++k)
+      for (int64_t j = 0; j < a.cols; ++j) out(i, j) += f.u(i, k) * f.s[size_t(k)] * f.vt(k, j);
+  return out;
+}
+
+// One pair of one head goes to each rotary pair as it is, for its own queries alone; all else is the latent's.
+TEST(ConvertLayer, NormsChooseOnePairOfOneHead) {
+  for (bool interleaved : {false, true}) {
+    GqaShape s = shape;
+    s.interleaved = interleaved;
+    const GqaMatrices w = weights_of_known_norms(s, 61);
+    const auto row = [&](int64_t head, int64_t pair, int64_t part) { return head * 8 + (interleaved ? 2 * pair + part : pair + 4 * part); };
+    LayerMoments moments = random_moments(s, 65, false);
+    LayerOptions o = full(s, 4);
+    o.rotary = Rotary::norm;
+    const auto expect_chosen = [&](int64_t slot, int64_t group, int64_t pair) {
+      const MlaMatrices m = factor_layer(s, w, moments, o);
+      for (int64_t part : {0, 1})
+        for (int64_t j = 0; j < s.hidden; ++j) {
+          EXPECT_NEAR(m.kv_a(o.kv_lora_rank + 2 * slot + part, j), w.k(row(group, pair, part), j), 1e-12);
+          for (int64_t h = 0; h < s.heads; ++h)
+            EXPECT_NEAR(m.q(h * 12 + 8 + 2 * slot + part, j), h / 2 == group ? std::sqrt(1.5) * w.q(row(h, pair, part), j) : 0, 1e-12) << h;
+        }
+      const Matrix latent = latent_product(s, m);  // whose heads are [real | imaginary]
+      for (int64_t part : {0, 1})
+        for (int64_t j = 0; j < s.hidden; ++j) EXPECT_NEAR(latent(group * 8 + pair + 4 * part, j), 0, 1e-8);
+    };
+    o.activations = false;
+    for (bool metric : {false, true}) {
+      o.metric = metric;
+      expect_chosen(0, 1, 1);
+      expect_chosen(1, 0, 3);
+    }
+    o.slots = {{0}, {2, 3}};  // what a slot does not stand for it does not choose
+    expect_chosen(0, 0, 0);
+    o.slots.clear();
+    // With activations norms are those of queries and keys: few inputs are in the directions of pair (1, 1), many in those of (0, 0).
+    o.activations = true;
+    moments.inputs = identity(s.hidden);
+    Matrix& c = moments.inputs;
+    for (int64_t part : {0, 1})
+      for (int64_t i = 0; i < s.hidden; ++i)
+        for (int64_t j = 0; j < s.hidden; ++j) c(i, j) += 1e3 * w.k(row(0, 0, part), i) * w.k(row(0, 0, part), j);
+    expect_chosen(0, 0, 0);
+  }
+}
+
+// Without weights and balance the factorisation is the SVD of keys and values as they are, β being the values' factor.
+TEST(ConvertLayer, WithoutBalanceKeysAndValuesAreOneMatrix) {
+  GqaMatrices w = weights_of_known_norms(shape, 71);
+  for (double& x : w.v.data) x *= 0.1;
+  LayerOptions o = full(shape, 4);
+  o.rotary = Rotary::norm;
+  o.kv_lora_rank = 7;
+  o.activations = o.metric = o.balance = false;
+  const LayerMoments moments = random_moments(shape, 75, false);
+  const auto product = [&] { return latent_product(shape, factor_layer(shape, w, moments, o)); };
+  for (double share : {1.0, 4.0}) {
+    o.value_share = share;
+    Matrix wanted = truncated(keys_left_and_values(w, std::sqrt(share)), 6);
+    for (size_t i = w.k.data.size(); i < wanted.data.size(); ++i) wanted.data[i] /= std::sqrt(share);
+    EXPECT_LT(frobenius_norm(difference(product(), wanted)), 1e-8) << share;
+  }
+  o.value_share = 1;
+  const Matrix joint = keys_left_and_values(w, 1);
+  const double plain = frobenius_norm(difference(joint, product()));
+  o.balance = true;
+  EXPECT_GT(frobenius_norm(difference(joint, product())), 1.1 * plain);
+}
+
 TEST(ConvertLayer, RefusesSizesThatDoNotFit) {
   const auto refused = [](const std::function<void(LayerOptions&)>& change, const char* said) {
     LayerOptions o = full(shape, 8);
