@@ -36,7 +36,11 @@ ConvertOptions preset_options(const std::string& preset) {
   o.refit = Refit::none;
   o.refit_down = false;
   o.fit_passes = 0;
-  if (preset == "mha2mla") o.layer.activations = o.layer.fold = false;
+  if (preset == "mha2mla") {
+    o.layer.activations = o.layer.balance = false;
+    o.layer.fold = false;  // the pair that is chosen keeps its frequency
+    o.layer.rotary = Rotary::norm;
+  }
   return o;
 }
 
