@@ -61,17 +61,17 @@ TEST(Convert, WritesAModelThatRunsAndSaysWhatItKeeps) {
 TEST(Convert, ThePresetOfMha2MlaIsItsSwitches) {
   const std::string file = gqa_model(), out = path("preset");
   const auto weights = [&](std::vector<std::string> steps) {
-    steps.insert(steps.begin(), {"convert", file, "-o", out, "--cut", "68.75%", "--calibrate", path("calibration.txt"),
-                                 "--calibration-window", "64", "--force"});
+    steps.insert(steps.begin(),
+                 {"convert", file, "-o", out, "--calibrate", path("calibration.txt"), "--calibration-window", "64", "--force"});
     const Outcome o = run(steps);
     EXPECT_EQ(o.code, 0) << o.err;
     return read_text(fs::path(out) / "model.safetensors");
   };
-  const std::string preset = weights({"--preset", "mha2mla"}), card = read_text(fs::path(out) / "README.md");
+  const std::string preset = weights({"--preset", "mha2mla", "--cut", "68.75%"}), card = read_text(fs::path(out) / "README.md");
   EXPECT_NE(card.find("| rotary pairs | one head's, by norms |"), std::string::npos) << card;
   EXPECT_NE(card.find("| values' share β | 1, energies not balanced |"), std::string::npos) << card;
   const std::vector<std::string> switches{"--no-activations", "--no-fold", "--no-balance", "--rotary=norm"};
-  std::vector<std::string> all{"--preset", "transmla"};
+  std::vector<std::string> all{"--preset", "transmla", "--kv-lora-rank", "16", "--rope-dim", "4"};
   all.insert(all.end(), switches.begin(), switches.end());
   EXPECT_TRUE(weights(all) == preset);
   for (const std::string& missing : switches) {
