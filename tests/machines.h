@@ -64,9 +64,11 @@ class FromHost : public Device {
   void route(Tensor logits, const RouterConfig& config, Routing out) override {
     run([&] { d_->route(there(logits), config, {there(out.expert), there(out.weight)}); });
   }
-  void gate(Tensor x, Tensor norm, float eps, Tensor h, const Weight& router, const RouterConfig& config, Tensor scores,
-            Routing out) override {
-    run([&] { d_->gate(there(x), there(norm), eps, there(h), router, config, there(scores), {there(out.expert), there(out.weight)}); });
+  void gate(Tensor x, Tensor norm, float eps, Tensor h, const Weight& router, const RouterConfig& config, Tensor scores, Routing out,
+            const FfnWeights& shared) override {
+    run([&] {
+      d_->gate(there(x), there(norm), eps, there(h), router, config, there(scores), {there(out.expert), there(out.weight)}, shared);
+    });
   }
   void rms_norm(Tensor x, Tensor weight, float eps, Tensor y) override {
     run([&] {

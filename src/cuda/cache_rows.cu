@@ -96,8 +96,8 @@ struct LatentsFront {
   __host__ __device__ int blocks() const { return tokens * token_blocks(); }
   size_t shared_bytes() const { return 0; }
 
-  __device__ void run(int block, uint8_t*) const {
-    begin_kernel();
+  __device__ void run(int block, uint8_t*, bool next_at_once) const {
+    begin_kernel(next_at_once);
     const int token = block / token_blocks(), part = block % token_blocks();
     const float* angles = cos_sin + int64_t(token) * half() * 2;
     if (part > 0)

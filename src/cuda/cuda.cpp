@@ -2,9 +2,9 @@
 #include "cuda/cuda.h"
 
 #include "core/check.h"
+#include "cuda/gate.h"
 #include "cuda/hopper.h"
 #include "cuda/probe.h"
-#include "cuda/product.h"
 
 #include <algorithm>
 
@@ -47,8 +47,8 @@ CudaDevice::CudaDevice(int index)
       staging_(stream_, threads_),
       inputs_(stream_),
       graphs_(stream_),
-      gate_arrivals_(few_rows * 4) {
-  check(cudaMemsetAsync(gate_arrivals_.data(), 0, gate_arrivals_.bytes(), stream_));
+      gate_exchange_(few_rows * most_gate_experts * 4) {
+  check(cudaMemsetAsync(gate_exchange_.data(), 0xff, gate_exchange_.bytes(), stream_));
   check(cudaEventCreateWithFlags(&choice_.made, cudaEventDisableTiming));
   step_tokens = 4096, tile_bytes = int64_t(1) << 30;
 }

@@ -13,6 +13,8 @@
 
 namespace mla::cuda {
 
+struct Gate;
+
 // The ids of the last choice: where kernels read them, and where the host does once `made` has come to pass.
 struct Choice {
   GpuBuffer ids;
@@ -42,8 +44,8 @@ class CudaDevice final : public Device {
   void linear_heads(Tensor x, const Weight& w, Tensor y) override;
   void ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tensor out) override;
   void route(Tensor logits, const RouterConfig& config, Routing out) override;
-  void gate(Tensor x, Tensor norm, float eps, Tensor h, const Weight& router, const RouterConfig& config, Tensor scores,
-            Routing out) override;
+  void gate(Tensor x, Tensor norm, float eps, Tensor h, const Weight& router, const RouterConfig& config, Tensor scores, Routing out,
+            const FfnWeights& shared) override;
   bool choose(Tensor logits, double temperature, std::span<const double> at) override;
   void chosen(std::span<int32_t> ids) override;
   void rms_norm(Tensor x, Tensor weight, float eps, Tensor y) override;
@@ -67,6 +69,8 @@ class CudaDevice final : public Device {
     memory_.upload(data.data(), to, data.size_bytes());
     return static_cast<const T*>(to);
   }
+  // in_front: a gate in whose launch the first product goes, with the gate's norm of x.
+  void feed(Tensor x, const FfnWeights& w, const Routing* routing, Tensor out, const Gate* in_front);
   void project(Tensor x, const float* norm, float eps, std::span<const Projection> projections);
   void attend_decode(Tensor q, const Kv& kv, Spans spans, Mask mask, float scale, Tensor o, Tensor lse);
 
@@ -84,7 +88,7 @@ class CudaDevice final : public Device {
   Staging staging_;  // of weights
   StagedInputs inputs_;
   StepGraphs graphs_;
-  GpuBuffer gate_arrivals_;             // of a gate's blocks, a counter a token
+  GpuBuffer gate_exchange_;             // Gate::exchange
   const void* fresh_choice_ = nullptr;  // of the last routing, until another product has been launched
   uint64_t key_ = 0;                    // of the step that runs
   Choice choice_;

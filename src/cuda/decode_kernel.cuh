@@ -365,8 +365,7 @@ __global__ void __launch_bounds__(decode_threads, 1)
     init_barriers<S>();
   }
   __syncthreads();
-  wait_previous_kernel();  // queries and cache rows are there
-  if (a.call.plan.merges == 0) start_next_kernel();
+  begin_kernel(true);  // queries and cache rows are there
 
   const int group = __shfl_sync(~0u, int(threadIdx.x) / 128, 0);
   if (group == 2) {

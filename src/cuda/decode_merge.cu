@@ -1,7 +1,6 @@
 // Joins the partial results of split sequences, a monoid over (output, log-sum): 16 rows a block.
 #include "cuda/decode_softmax.cuh"
-#include "cuda/error.h"
-#include "cuda/ptx.cuh"
+#include "cuda/launch.cuh"
 
 #include <algorithm>
 
@@ -100,8 +99,7 @@ __device__ void store_four(const DecodeCall& call, const DecodeMerge& merge, int
 __global__ void __launch_bounds__(32 * teams) merge_few_kernel(const DecodeCall call, const DecodePartials partial) {
   const DecodeMerge merge = call.plan.merge[blockIdx.y];  // the plan is older than the kernel that is waited for
   const int first = int(blockIdx.z) * merge_rows, d_v = call.kv.format.layout.d_v, row = first + int(threadIdx.x) / 4;
-  wait_previous_kernel();
-  start_next_kernel();
+  begin_kernel(true);
   if (first >= merge.rows) return;
   const int64_t lse_pitch = int64_t(call.plan.row_blocks) * block_rows, pitch = lse_pitch * d_v / 4;
   const int step = int(gridDim.x) * teams;
@@ -139,8 +137,7 @@ __global__ void __launch_bounds__(32 * teams) merge_many_kernel(const DecodeCall
   __shared__ float4 sums[teams][32];
   const DecodeMerge merge = call.plan.merge[blockIdx.y];
   const int first = int(blockIdx.z) * merge_rows, d_v = call.kv.format.layout.d_v, lane = int(threadIdx.x), team = int(threadIdx.y);
-  wait_previous_kernel();
-  start_next_kernel();
+  begin_kernel(true);
   if (first >= merge.rows) return;
   weigh(call, partial, merge, first, weight);
   __syncthreads();

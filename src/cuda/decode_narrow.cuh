@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/decode_softmax.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/launch.cuh"
 
 #include <cuda_fp16.h>
 
@@ -495,8 +495,7 @@ __global__ void __launch_bounds__(narrow_threads, 1)
     barrier_init_done();
   }
   __syncthreads();
-  wait_previous_kernel();  // queries and cache rows are there
-  if (call.plan.merges == 0) start_next_kernel();
+  begin_kernel(true);  // queries and cache rows are there
 
   if (threadIdx.x >= 32 * narrow_warps) {
     NarrowLoader<Codes> loader(&kv_map, call);

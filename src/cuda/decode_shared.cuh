@@ -3,7 +3,7 @@
 
 #include "cuda/decode.h"
 #include "cuda/decode_softmax.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/launch.cuh"
 
 namespace mla::cuda {
 

@@ -1,6 +1,7 @@
 // Gated feed-forward networks and stacks of them. Which expert has which tokens is found out on the GPU, and the host never asks: grids
 // are as large as the worst case, and blocks without work end at once. Each token sums its experts in the order of its routing.
 #include "cuda/cuda.h"
+#include "cuda/gate.h"
 #include "cuda/launch.cuh"
 #include "cuda/linear.h"
 
@@ -86,7 +87,9 @@ int run_tile(DType type, int64_t n, int64_t places, int64_t experts) {
 
 }  // namespace
 
-void CudaDevice::ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tensor out) {
+void CudaDevice::ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tensor out) { feed(x, w, routing, out, nullptr); }
+
+void CudaDevice::feed(Tensor x, const FfnWeights& w, const Routing* routing, Tensor out, const Gate* in_front) {
   const int64_t n = x.shape[0], d = x.shape[1], width = w.gate.rows;
   require(x.rank == 2 && out.rank == 2 && out.shape[0] == n && out.shape[1] == d, "a network", x, out);
   require(w.gate.cols == d && w.up.cols == d && w.up.rows == width && w.down.rows == d && w.down.cols == width &&
@@ -111,6 +114,7 @@ void CudaDevice::ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tens
   Product first{};
   first.parts = 1, first.matrices = 1, first.n = int(n), first.most = int(n);
   first.x = {x.data, false, x.stride[0], 0, nullptr};
+  if (in_front) first.x.norm = in_front->norm, first.x.eps = in_front->eps;
   Groups groups{};
   if (routing && n == 1) {
     // A single token's turns are its runs.
@@ -131,7 +135,10 @@ void CudaDevice::ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tens
   const Results to_hidden{hidden, narrow, hidden_row, hidden_row, nullptr, false};
   if (together && narrow) {
     first.part[0] = {gate, up, to_hidden};
-    multiply(first, scratch_, processors, stream_);
+    if (in_front)
+      product_behind_gate(first, *in_front, stream_);
+    else
+      multiply(first, scratch_, processors, stream_);
   } else {
     ArenaScope halves(scratch_);
     float *g = floats(places * width), *u = floats(places * width);

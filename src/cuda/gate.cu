@@ -1,4 +1,6 @@
 // The gate of a mixture: routing by scores, and for few tokens norm, router and routing as work of a few blocks.
+#include "cuda/gate.h"
+
 #include "cuda/cuda.h"
 #include "cuda/product_gemv.cuh"
 
@@ -84,29 +86,16 @@ void check_routing(const RouterConfig& c, int64_t n, const Routing& out) {
           "routing by these groups", out.expert);
 }
 
-struct Gate {
-  const float *x, *norm;
-  float* h;
-  float* scores;
-  int64_t x_row, h_row, score_row;
-  float eps;
-  int tokens;
-  PackedMatrix router;  // f32
-  RouterConfig config;
-  int32_t* expert;
-  float* weight;
-  int32_t* arrived;  // [few_rows], zeros between launches
-};
-
 // A token has a few blocks; each norms it for itself and has a share of the experts, a warp one at a time, whose weights are on their way
-// before the token is there. The last block to arrive routes.
+// before the token is there. The first block waits for all scores and routes. While others fill the memory's queues a load takes long, so
+// that as few as can be wait for one another.
 struct GateFront {
   static constexpr int token_blocks = 8, warps = gemv_warps, loads = 16, pass_columns = loads * 128;
   Gate g;
 
   __host__ __device__ int blocks() const { return g.tokens * token_blocks; }
   size_t shared_bytes() const { return (size_t(round_up(g.router.cols, 4)) + size_t(g.config.experts)) * 4; }
-  __device__ void run(int block, uint8_t* memory) const {
+  __device__ void run(int block, uint8_t* memory, bool next_at_once) const {
     __shared__ float part[warps];
     const int d = g.router.cols, experts = g.config.experts, each = (experts + token_blocks - 1) / token_blocks;
     const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32, rank = block % token_blocks, token = block / token_blocks;
@@ -123,12 +112,14 @@ struct GateFront {
     };
     if (warp < count) fetch(warp, 0);
     prefetch_floats(g.norm, d);
-    begin_kernel();
+    begin_kernel(next_at_once);
     const float* x = g.x + token * g.x_row;
     float square = 0;
-    for (int i = thread; i < d; i += gemv_threads) {
-      h[i] = x[i];
-      square += h[i] * h[i];
+#pragma unroll 2
+    for (int i = thread * 4; i < d; i += 4 * gemv_threads) {
+      const float4 v = four(x, i, d), n = four(g.norm, i, d);
+      square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+      *reinterpret_cast<float4*>(h + i) = {v.x * n.x, v.y * n.y, v.z * n.z, v.w * n.w};
     }
     for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(~0u, square, step);
     if (lane == 0) part[warp] = square;
@@ -136,13 +127,7 @@ struct GateFront {
     square = part[lane % warps];
     for (int step = warps / 2; step > 0; step /= 2) square += __shfl_xor_sync(~0u, square, step);
     const float scale = rsqrtf(square / float(d) + g.eps);
-    for (int i = thread; i < (d + 3) / 4 * 4; i += gemv_threads) {
-      const float y = i < d ? h[i] * scale * g.norm[i] : 0;
-      h[i] = y;
-      if (i < d && i / gemv_threads % token_blocks == rank) g.h[token * g.h_row + i] = y;
-    }
-    __syncthreads();
-    float* scores = g.scores + token * g.score_row;
+    float* exchange = g.exchange + token * most_gate_experts;
     for (int e = warp; e < count; e += warps) {
       float sum = 0;
       for (int from = 0; from < d; from += pass_columns) {
@@ -156,19 +141,25 @@ struct GateFront {
         }
       }
       for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      if (lane == 0) scores[first + e] = sum;
+      if (lane == 0) hand_over(exchange + first + e, sum * scale);
     }
-    __threadfence();
-    __syncthreads();
-    if (warp > 0) return;
-    const int before = __shfl_sync(~0u, lane == 0 ? atomicAdd(&g.arrived[token], 1) : 0, 0);
-    if (before + 1 < token_blocks) return;
-    __threadfence();
-    if (lane == 0) g.arrived[token] = 0;
+    for (int i = rank * gemv_threads + thread; i < d; i += token_blocks * gemv_threads) g.h[token * g.h_row + i] = h[i] * scale;
+    if (rank > 0 || warp > 0) return;
     float* all = h + (d + 3) / 4 * 4;
-    for (int e = lane; e < experts; e += 32) all[e] = __ldcg(scores + e);
+    for (int e = lane; e < experts; e += 32) g.scores[token * g.score_row + e] = all[e] = take_over(exchange + e);
     __syncwarp();
     route_token(all, g.config, lane, g.expert + token * g.config.top_k, g.weight + token * g.config.top_k);
+  }
+
+ private:
+  static constexpr uint32_t none = ~0u;  // no sum has these bits: the NaNs of arithmetic are others
+  __device__ static void hand_over(float* to, float x) { *const_cast<volatile float*>(to) = x; }
+  __device__ static float take_over(float* from) {
+    float x;
+    do x = *const_cast<volatile float*>(from);
+    while (__float_as_uint(x) == none);
+    hand_over(from, __uint_as_float(none));
+    return x;
   }
 };
 
@@ -184,12 +175,17 @@ void CudaDevice::route(Tensor logits, const RouterConfig& c, Routing out) {
          logits.stride[0], int(n), c, out.expert.as<int32_t>(), out.weight.f32());
 }
 
-void CudaDevice::gate(Tensor x, Tensor norm, float eps, Tensor h, const Weight& router, const RouterConfig& c, Tensor scores, Routing out) {
+void product_behind_gate(const Product& p, const Gate& gate, cudaStream_t stream) {
+  launch_gemv<Kind::gated, gemv_warps>(p, nullptr, GateFront{gate}, stream);
+}
+
+void CudaDevice::gate(Tensor x, Tensor norm, float eps, Tensor h, const Weight& router, const RouterConfig& c, Tensor scores, Routing out,
+                      const FfnWeights& shared) {
   const int64_t n = x.shape[0], d = x.shape[1];
   const GateFront front{{x.f32(), norm.f32(), h.f32(), scores.f32(), x.stride[0], h.stride[0], scores.stride[0], eps, int(n),
-                         packed(router), c, out.expert.as<int32_t>(), out.weight.f32(), reinterpret_cast<int32_t*>(gate_arrivals_.data())}};
-  if (n == 0 || n > few_rows || router.dtype != DType::f32 || front.shared_bytes() > most_shared_bytes())
-    return Device::gate(x, norm, eps, h, router, c, scores, out);
+                         packed(router), c, out.expert.as<int32_t>(), out.weight.f32(), reinterpret_cast<float*>(gate_exchange_.data())}};
+  if (n == 0 || n > few_rows || router.dtype != DType::f32 || c.experts > most_gate_experts || front.shared_bytes() > most_shared_bytes())
+    return Device::gate(x, norm, eps, h, router, c, scores, out, shared);
   require(x.rank == 2 && h.rank == 2 && h.shape[0] == n && h.shape[1] == d && norm.count() == d && x.stride[1] == 1 && h.stride[1] == 1,
           "a gate", x, h);
   require(router.count == 1 && router.rows == c.experts && router.cols == d && scores.rank == 2 && scores.shape[0] == n &&
@@ -197,7 +193,10 @@ void CudaDevice::gate(Tensor x, Tensor norm, float eps, Tensor h, const Weight& 
           "a gate of this router", x, scores);
   check_routing(c, n, out);
   fresh_choice_ = out.expert.data;
+  const bool joins = shared.gate.dtype == shared.up.dtype && shared.gate.dtype != DType::f32 && shared.down.dtype != DType::f32;
+  if (shared.gate && joins) return feed(x, shared, nullptr, x, &front.g);
   launch_front(front, stream_);
+  if (shared.gate) ffn(h, shared, nullptr, x);
 }
 
 }  // namespace mla::cuda

@@ -80,7 +80,7 @@ void CudaDevice::project(Tensor x, const float* norm, float eps, std::span<const
     if (done[from]) continue;
     Product p{};
     p.x = {x.data, false, x.stride[0], 0, nullptr, norm, eps};
-    p.n = p.most = int(x.shape[0]), p.matrices = 1;
+    p.n = p.most = int(x.shape[0]), p.matrices = 1, p.next_at_once = !norm;
     for (size_t i = from; i < projections.size() && p.parts < Product::most_parts; ++i) {
       const Projection& one = projections[i];
       require(
@@ -107,6 +107,7 @@ Product product_of_heads(const Tensor& x, const Weight& w, const Tensor& y) {
   p.parts = 1, p.n = p.most = int(x.shape[0]), p.matrices = int(w.count);
   p.part[0] = {packed(w), {}, {y.data, narrow, y.stride[0], y.stride[1], nullptr, false}};
   p.x = {x.data, false, x.stride[0], x.stride[1], nullptr};
+  p.next_at_once = true;
   return p;
 }
 

@@ -16,7 +16,8 @@ void product_gemv(const Product& p, cudaStream_t stream) {
 
 bool product_sum_takes(const Product& p) {
   const PackedMatrix& w = p.part[0].w;
-  return w.type != DType::f32 && p.x.bf16 && p.choice && size_t(p.matrices) * size_t(shared_pitch(w.pitch)) * 2 <= most_shared_bytes();
+  return w.type != DType::f32 && p.x.bf16 && p.choice &&
+         sizeof(Sums<Team<gemv_warps>>) + size_t(p.matrices) * size_t(shared_pitch(w.pitch)) * 2 <= most_shared_bytes();
 }
 
 void product_sum(const Product& p, const float* weight, cudaStream_t stream) {

@@ -199,26 +199,18 @@ __device__ inline float4 four(const float* row, int column, int cols) {
   return x;
 }
 
-// Brings rows of activations to shared memory as bf16, normed where they are to be. All of the team calls it.
+// The squares of rows that are to be normed, a warp's share each. Turns take turns, so that nobody overwrites what is still read.
 template <class Team>
-__device__ void stage(const Team& team, const Product& p, int head, int first, int count, int cols, int pitch, __nv_bfloat16* to) {
-  __shared__ float squares[Team::teams][few_rows][Team::warps];
+using Squares = float[few_rows][Team::warps];
+
+// Brings rows of activations to shared memory as bf16, multiplied by a norm's weights where they are to be normed: that they are divided by
+// their size can wait for the results. All of the team calls it.
+template <class Team>
+__device__ void stage(const Team& team, const Product& p, int head, int first, int count, int cols, int pitch, __nv_bfloat16* to,
+                      Squares<Team>& squares) {
   constexpr int threads = Team::threads;
   const int wide = shared_pitch(pitch), thread = team.thread;
   auto row = [&](int t) { return (p.x.index ? p.x.index[first + t] : first + t) * p.x.row + head * p.x.head; };
-  if (p.x.norm) {
-    for (int t = 0; t < count; ++t) {
-      const float* from = static_cast<const float*>(p.x.data) + row(t);
-      float sum = 0;
-      for (int i = thread * 4; i < cols; i += 4 * threads) {
-        const float4 v = four(from, i, cols);
-        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-      }
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      if (team.lane == 0) squares[team.id][t][team.warp] = sum;
-    }
-    team.sync();
-  }
   for (int t = 0; t < count; ++t) {
     if (p.x.bf16) {
       const auto* from = static_cast<const __nv_bfloat16*>(p.x.data) + row(t);
@@ -233,19 +225,19 @@ __device__ void stage(const Team& team, const Product& p, int head, int first, i
       continue;
     }
     const float* from = static_cast<const float*>(p.x.data) + row(t);
-    float scale = 0;
-    if (p.x.norm) {
-      for (const float square : squares[team.id][t]) scale += square;
-      scale = rsqrtf(scale / float(cols) + p.x.eps);
-    }
+    float sum = 0;
     for (int i = thread * 4; i < pitch; i += 4 * threads) {
       float4 v = four(from, i, cols);
       if (p.x.norm) {
         const float4 w = four(p.x.norm, i, cols);
-        v = {v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w};
+        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+        v = {v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w};
       }
       *reinterpret_cast<uint2*>(to + t * wide + i) = {as_word(__floats2bfloat162_rn(v.x, v.y)), as_word(__floats2bfloat162_rn(v.z, v.w))};
     }
+    if (!p.x.norm) continue;
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (team.lane == 0) squares[t][team.warp] = sum;
   }
 }
 
@@ -307,22 +299,29 @@ __device__ inline void prefetch_floats(const float* from, int count) {
   for (int i = int(threadIdx.x) * 32; i < count; i += gemv_threads * 32) prefetch_l2(from + i);
 }
 
+// A team's sums of groups that take turns.
 template <class Team>
-using Sums = float[Team::warps][16][few_rows];
+using Sums = float[2][Team::warps][16][few_rows];
 
 // The warps' sums become results.
 template <Kind K, class Team>
-__device__ void finish(const Team& team, const Part& part, int head, int first, int count, int row, const Sums<Team>& sums) {
+__device__ void finish(const Team& team, const Rows& x, const Part& part, int head, int first, int count, int row,
+                       const float (&sums)[Team::warps][16][few_rows], const Squares<Team>& squares) {
   constexpr int rows = group_rows(K);
   for (int i = team.thread; i < rows * count; i += Team::threads) {
     const int r = i % rows, t = i / rows;
     if (row + r >= part.w.rows) continue;
     float y = 0, up = 0;
     for (const auto& of_warp : sums) y += of_warp[r][t];
-    if constexpr (K == Kind::gated) {
+    if constexpr (K == Kind::gated)
       for (const auto& of_warp : sums) up += of_warp[r + 8][t];
-      y = silu(y) * up;
+    if (x.norm) {
+      float square = 0;
+      for (const float of_warp : squares[t]) square += of_warp;
+      const float scale = rsqrtf(square / float(part.w.cols) + x.eps);
+      y *= scale, up *= scale;
     }
+    if constexpr (K == Kind::gated) y = silu(y) * up;
     const Results& to = part.y;
     const int64_t at = (first + t) * to.row + head * to.head + row + r;
     if (to.bf16) {
@@ -339,14 +338,14 @@ __device__ void finish(const Team& team, const Part& part, int head, int first, 
 struct Nothing {
   __host__ __device__ int blocks() const { return 0; }
   size_t shared_bytes() const { return 0; }
-  __device__ void run(int, uint8_t*) const {}
+  __device__ void run(int, uint8_t*, bool) const {}
 };
 
 // Such work by itself.
 template <class Front>
 __global__ void __launch_bounds__(gemv_threads, 2) front_kernel(const __grid_constant__ Front front) {
   extern __shared__ __align__(16) uint8_t memory[];
-  front.run(int(blockIdx.x), memory);
+  front.run(int(blockIdx.x), memory, false);
 }
 
 template <class Front>
@@ -360,12 +359,14 @@ __global__ void __launch_bounds__(gemv_threads, 2)
     gemv_kernel(const __grid_constant__ Product p, int turn_rows, const float* weight, const __grid_constant__ Front front) {
   using P = Piece<Type>;
   extern __shared__ __align__(16) uint8_t memory[];
-  if (int(blockIdx.x) < front.blocks()) return front.run(int(blockIdx.x), memory);
+  if (int(blockIdx.x) < front.blocks()) return front.run(int(blockIdx.x), memory, p.next_at_once);
   const Team<Warps> team;
-  __shared__ Sums<Team<Warps>> sums[team.teams][2];
+  using S = Sums<Team<Warps>>;
+  S& sums = reinterpret_cast<S*>(memory)[team.id];
+  __shared__ Squares<Team<Warps>> squares[team.teams][2];
   const int warp = team.warp, lane = team.lane, pitch = p.part[0].w.pitch, wide = shared_pitch(pitch),
             steps = (pitch + P::depth * Warps * P::columns - 1) / (P::depth * Warps * P::columns);
-  auto* x = reinterpret_cast<__nv_bfloat16*>(memory) + team.id * turn_rows * wide;
+  auto* x = reinterpret_cast<__nv_bfloat16*>(memory + sizeof(S) * team.teams) + team.id * turn_rows * wide;
   // Weights are on their way before the activations are there, unless it is not known yet which they are.
   const bool early = !p.runs && (!p.choice || p.choice_is_old);
   if (!early) begin_kernel();
@@ -385,14 +386,14 @@ __global__ void __launch_bounds__(gemv_threads, 2)
   if (ahead.advance(p, steps, end, turn_rows) && ahead.group < end) source = ahead.source(p, lane);
   if (early) {
     if (p.x.norm) prefetch_floats(p.x.norm, p.part[0].w.cols);
-    begin_kernel();
+    begin_kernel(p.next_at_once);
   }
   if constexpr (K == Kind::sum) {
-    for (int j = 0; j < p.matrices; ++j) stage(team, p, j, 0, 1, p.part[0].w.cols, pitch, x + j * wide);
+    for (int j = 0; j < p.matrices; ++j) stage(team, p, j, 0, 1, p.part[0].w.cols, pitch, x + j * wide, squares[team.id][0]);
     team.sync();
   }
   float c[4] = {}, total = 0;
-  int buffer = 0, staged_stack = -1, staged_turn = -1;
+  int buffer = 0, staged = 0, staged_stack = -1, staged_turn = -1;
   while (at.group < end) {
     const int first = K == Kind::sum ? 0 : at.turn * turn_rows, count = K == Kind::sum ? 1 : min(turn_rows, at.run.count - first);
     const __nv_bfloat16* own = nullptr;
@@ -401,7 +402,8 @@ __global__ void __launch_bounds__(gemv_threads, 2)
     } else {
       const int stack = p.runs || p.x.head ? at.stack : 0;
       if (stack != staged_stack || at.turn != staged_turn) {
-        stage(team, p, p.runs ? 0 : at.stack, at.run.first + first, count, p.part[0].w.cols, pitch, x);
+        staged ^= 1;
+        stage(team, p, p.runs ? 0 : at.stack, at.run.first + first, count, p.part[0].w.cols, pitch, x, squares[team.id][staged]);
         team.sync();
         staged_stack = stack, staged_turn = at.turn;
       }
@@ -423,15 +425,15 @@ __global__ void __launch_bounds__(gemv_threads, 2)
       if (2 * was.turn + 1 < p.matrices) total += weight[2 * was.turn + 1] * c[3];
       c[0] = c[1] = c[2] = c[3] = 0;
       if (at.group == was.group) continue;
-      if (lane % 4 == 0) sums[team.id][buffer][warp][lane / 4][0] = total;
+      if (lane % 4 == 0) sums[buffer][warp][lane / 4][0] = total;
       total = 0;
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[team.id][buffer][warp][lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = c[i], c[i] = 0;
+      for (int i = 0; i < 4; ++i) sums[buffer][warp][lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = c[i], c[i] = 0;
     }
     team.sync();
-    finish<K>(team, p.part[was.part], p.runs || K == Kind::sum ? 0 : was.stack, was.run.first + first, count, was.row,
-              sums[team.id][buffer]);
+    finish<K>(team, p.x, p.part[was.part], p.runs || K == Kind::sum ? 0 : was.stack, was.run.first + first, count, was.row, sums[buffer],
+              squares[team.id][staged]);
     buffer ^= 1;
   }
 }
@@ -443,10 +445,14 @@ void launch_gemv_as(const Product& p, const float* weight, const Front& front, c
   constexpr int teams = Team<Warps>::teams;
   const int groups = groups_of(p, K) * (K == Kind::sum ? 1 : p.runs ? p.most_runs : p.matrices);
   const size_t row_bytes = size_t(shared_pitch(pitch)) * 2;
-  const int turn_rows = std::min({p.most, few_rows, int(most_shared_bytes() / row_bytes / teams)});
+  constexpr size_t sums = sizeof(Sums<Team<Warps>>) * teams;
+  const int turn_rows = std::min({p.most, few_rows, int((most_shared_bytes() - sums) / row_bytes / teams)});
   require(turn_rows > 0, "products of rows this long");
-  const size_t shared = std::max(size_t(K == Kind::sum ? p.matrices : turn_rows * teams) * row_bytes, front.shared_bytes());
+  // What is in front has the memory of the product's blocks. Blocks that took more than those of the launches around them would wait for a
+  // multiprocessor to be idle, whose memory has to be divided anew.
+  const size_t shared = std::max(sums + size_t(K == Kind::sum ? p.matrices : turn_rows * teams) * row_bytes, front.shared_bytes());
   const int blocks = front.blocks() + std::min(int(ceil_div(groups, teams)), most_gemv_blocks - front.blocks());
+  check(cudaFuncSetAttribute(gemv_kernel<Type, K, Warps, Front>, cudaFuncAttributePreferredSharedMemoryCarveout, shared_percent(shared)));
   launch(gemv_kernel<Type, K, Warps, Front>, unsigned(blocks), gemv_threads, shared, stream, p, turn_rows, weight, front);
 }
 

@@ -129,12 +129,14 @@ class Device {
   // Scores f32 logits [n, experts] to expert i32 [n, k] and weight f32 [n, k]; equal scores go to the lower index.
   virtual void route(Tensor logits, const RouterConfig& config, Routing out) = 0;
 
-  // The gate of a mixture from the residual stream x [n, D]: h = rms_norm(x), scores f32 [n, experts] = h routerᵀ, and where they send it.
+  // The gate of a mixture from the residual stream x [n, D] and the experts that every token has: h = rms_norm(x), scores f32 [n, experts]
+  // = h routerᵀ, where they send it, and x += shared(h), where there are weights.
   virtual void gate(Tensor x, Tensor norm, float eps, Tensor h, const Weight& router, const RouterConfig& config, Tensor scores,
-                    Routing out) {
+                    Routing out, const FfnWeights& shared) {
     rms_norm(x, norm, eps, h);
     linear(h, router, {}, scores);
     route(scores, config, out);
+    if (shared.gate) ffn(h, shared, nullptr, x);
   }
 
   // For each row of logits f32 [n, vocab] an id: with temperature 0 that of the largest, the lower of equals; else the one that at[row] in

@@ -108,10 +108,9 @@ void feed_forward(Step& s, const Layer& layer, Tensor x) {
   const auto& moe = std::get<MoeFfn>(layer.ffn);
   Tensor scores = s.arena.tensor(DType::f32, {n, c.n_routed_experts});
   const Routing routing{s.arena.tensor(DType::i32, {n, c.num_experts_per_tok}), s.arena.tensor(DType::f32, {n, c.num_experts_per_tok})};
-  s.device.gate(x, moe.norm, float(c.rms_norm_eps), h, moe.router, c.router(), scores, routing);
+  s.device.gate(x, moe.norm, float(c.rms_norm_eps), h, moe.router, c.router(), scores, routing, moe.shared);
   s.note("ffn.scores", scores);
   s.note("ffn.gate_weight", routing.weight);
-  if (moe.shared.gate) s.device.ffn(h, moe.shared, nullptr, x);
   s.device.ffn(h, moe.experts, &routing, x);
 }
 

@@ -205,7 +205,8 @@ TEST_P(LinearTest, normed_products_are_products_of_norms) {
     device->rms_norm(in, scale, 1e-6F, room);
     auto check = [&](const Weight& weight, const std::vector<float>& got, int64_t count) {
       device->linear(room, weight, {}, view(expected.data(), DType::f32, {n, count}));
-      EXPECT_LT(ref::relative_error(got.data(), {expected.begin(), expected.begin() + n * count}), GetParam().machine.kernels ? 1e-6 : 5e-3)
+      // A GPU rounds rows to bf16 before they are divided by their size in the one, after it in the other.
+      EXPECT_LT(ref::relative_error(got.data(), {expected.begin(), expected.begin() + n * count}), GetParam().machine.kernels ? 1e-6 : 2e-2)
           << n;
     };
     check(v, y, rows[0]);
@@ -324,6 +325,45 @@ TEST_P(LinearTest, feeds_forward) {
         }
       EXPECT_LT(ref::relative_error(y.data(), reference), GetParam().tolerance()) << (routed ? "routed " : "dense ") << n;
     }
+}
+
+// What every token has of a mixture, along with its gate, of which few tokens' are one launch on a GPU.
+TEST_P(LinearTest, feeds_shared_experts_behind_a_gate) {
+  const auto device = GetParam().machine.open(2);
+  const DType type = GetParam().type;
+  const bool wide = info(type).block == 256;
+  const int64_t d = wide ? 512 : 96, width = wide ? 5120 : 4256, experts = 19, k = 3;  // more groups of rows than blocks
+  Fixture gate(type, 1, width, d, 161), up(type, 1, width, d, 162), down(type, 1, d, width, 163);
+  const FfnWeights shared{device->pack(gate.tensor()), device->pack(up.tensor()), device->pack(down.tensor())};
+  const ref::Matrix gates = gate.matrix(0), ups = up.matrix(0), downs = down.matrix(0);
+  auto router_values = ref::random_floats(experts * d, 164), norm = ref::random_floats(d, 165);
+  const Weight router = device->pack(view(router_values.data(), DType::f32, {experts, d}));
+  RouterConfig c;
+  c.experts = experts, c.top_k = k;
+  for (const int64_t n : {1, 3, 8, 11}) {
+    auto x = ref::random_floats(n * (d + 4), 166, 3);
+    const auto before = x;
+    std::vector<float> h(size_t(n * d), nan), scores(size_t(n * experts), nan), weight(size_t(n * k), nan);
+    std::vector<int32_t> expert(size_t(n * k), -1);
+    Tensor stream = view(x.data(), DType::f32, {n, d});
+    stream.stride[0] = d + 4;
+    device->gate(stream, view(norm.data(), DType::f32, {d}), 1e-6F, view(h.data(), DType::f32, {n, d}), router, c,
+                 view(scores.data(), DType::f32, {n, experts}),
+                 {view(expert.data(), DType::i32, {n, k}), view(weight.data(), DType::f32, {n, k})}, shared);
+    for (int64_t i = 0; i < n; ++i) {
+      const float *from = before.data() + i * (d + 4), *score = scores.data() + i * experts;
+      const ref::Row normed = ref::rms_norm({from, from + d}, {norm.begin(), norm.end()}, 1e-6);
+      EXPECT_LT(ref::relative_error(h.data() + i * d, normed), 2e-6);
+      EXPECT_LT(ref::relative_error(score, ref::product(ref::to_double(router_values.data(), experts, d, d), normed)), 1e-5);
+      const ref::Route r = ref::route({score, score + experts}, c);
+      EXPECT_EQ(r.expert, std::vector<int>(expert.begin() + i * k, expert.begin() + (i + 1) * k));
+      EXPECT_LT(ref::relative_error(weight.data() + i * k, r.weight), 1e-5);
+      ref::Row expected = ref::ffn(gates, ups, downs, normed);
+      for (int64_t j = 0; j < d; ++j) expected[size_t(j)] += from[j];
+      EXPECT_LT(ref::relative_error(x.data() + i * (d + 4), expected), GetParam().tolerance()) << n;
+      for (int64_t j = d; j < d + 4; ++j) ASSERT_EQ(x[size_t(i * (d + 4) + j)], from[j]);
+    }
+  }
 }
 
 TEST_P(LinearTest, more_rows_than_a_grid_is_high) {

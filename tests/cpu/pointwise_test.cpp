@@ -91,7 +91,7 @@ TEST_P(PointwiseTest, gate) {
       in.stride[0] = pitch;
       device->gate(in, view(norm.data(), DType::f32, {d}), 1e-6F, view(h.data(), DType::f32, {n, d}), router, c,
                    view(scores.data(), DType::f32, {n, experts}),
-                   {view(expert.data(), DType::i32, {n, k}), view(weight.data(), DType::f32, {n, k})});
+                   {view(expert.data(), DType::i32, {n, k}), view(weight.data(), DType::f32, {n, k})}, {});
       const ref::Matrix matrix = ref::to_double(w.data(), experts, d, d);
       for (int64_t i = 0; i < n; ++i) {
         const ref::Row normed = ref::rms_norm({x.begin() + i * pitch, x.begin() + i * pitch + d}, {norm.begin(), norm.end()}, 1e-6);
