@@ -202,12 +202,12 @@ void add_convert(CLI::App& program, Work& work) {
   c.add_option("--constant", a->constant, "what stands for a lost rotation: one, mean or ls (default: ls)")
       ->option_text("NAME")
       ->group("steps");
-  c.add_option("--rotary", a->rotary, "what a rotary pair carries: direction or norm (default: direction)")
+  c.add_option("--rotary", a->rotary, "what a rotary pair carries: direction or norm (default: direction; norm in mha2mla)")
       ->option_text("NAME")
       ->group("steps");
   c.add_option("--latent-norm", a->latent_norm, "constant, functional or scale (default: constant)")->option_text("NAME")->group("steps");
   c.add_option("--refit", a->refit, "of W_O: none, layer or drift (default: drift)")->option_text("NAME")->group("steps");
-  c.add_option("--value-share", a->value_share, "the values' share in the factorisation, the keys' being 1 (default: 2)")
+  c.add_option("--value-share", a->value_share, "the values' share in the factorisation, the keys' being 1 (default: 2; 1 in the presets)")
       ->option_text("BETA")
       ->group("steps");
   c.add_option("--rope-theta", a->rope_theta, "base of the rotary pairs' frequencies (default: by the cut)")

@@ -85,7 +85,7 @@ void choose_sizes(const ConvertArguments& a, const std::string& cut, const Check
   int64_t d_R = ours ? rotary_width(c.head_dim, left, whole) : c.head_dim;
   // Theirs have the model's own base, of which every second pair and every fourth is a ladder too.
   if (!ours && 2 * left < whole && c.head_dim % 4 == 0) d_R = c.head_dim / 2;  // the best for TransMLA
-  if (a.preset == "mha2mla" && c.head_dim % 8 == 0) d_R = c.head_dim / 4;      // at most cuts the best of the three for MHA2MLA
+  if (a.preset == "mha2mla" && c.head_dim % 8 == 0) d_R = c.head_dim / 4;  // of whole, half and quarter the best at most cuts for MHA2MLA
   o.layer.qk_rope_head_dim = a.rope_dim > 0 ? a.rope_dim : d_R;
   if (ours && a.rope_theta == 0 && o.layer.qk_rope_head_dim < c.head_dim) o.rope_theta = std::pow(c.rope_theta, 0.75);
   o.layer.kv_lora_rank = a.rank > 0 ? a.rank : left - o.layer.qk_rope_head_dim;

@@ -162,8 +162,7 @@ size_t decode_scratch_bytes(int slots, int row_blocks, int d_v) {
 }
 
 void merge_decode(const DecodeCall& call, DecodePartials partial, int d_v, cudaStream_t stream) {
-  // Three blocks fill a multiprocessor's shared memory: those that come while the last pieces are stored do not crowd where it is idle
-  // first.
+  // Three blocks fill a multiprocessor's shared memory, so that they do not crowd on those that are idle first.
   constexpr int shared_bytes = 74 << 10;
   const bool few = call.plan.most_pieces <= FewWeights::most;
   const int weights = few ? 0 : call.plan.most_pieces * merge_rows * 4, eights = d_v / 8;

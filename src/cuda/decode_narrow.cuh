@@ -495,7 +495,8 @@ __global__ void __launch_bounds__(narrow_threads, 1)
     barrier_init_done();
   }
   __syncthreads();
-  begin_kernel(true);  // queries and cache rows are there
+  if (next_at_once(call.plan)) start_next_kernel();
+  wait_previous_kernel();  // queries and cache rows are there
 
   if (threadIdx.x >= 32 * narrow_warps) {
     NarrowLoader<Codes> loader(&kv_map, call);

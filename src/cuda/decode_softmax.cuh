@@ -23,6 +23,12 @@ __host__ __device__ inline DecodePartials decode_partials(const DecodeCall& call
 __device__ inline int64_t partial_at(const DeviceDecodePlan& plan, int slot, int row_block, int group, int d_v) {
   return ((int64_t(slot) * plan.row_blocks + row_block) * 2 + group) * (d_v / 16 * 128);
 }
+// Whether the next kernel may come at once: where it is a merge only if it finds idle multiprocessors, for it crowds on those that are idle
+// first.
+__device__ inline bool next_at_once(const DeviceDecodePlan& plan) {
+  constexpr unsigned few_blocks = 16;
+  return plan.merges == 0 || gridDim.x * gridDim.y <= few_blocks;
+}
 // Joins the partial results of split sequences.
 void merge_decode(const DecodeCall& call, DecodePartials partial, int d_v, cudaStream_t stream);
 

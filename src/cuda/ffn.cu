@@ -148,7 +148,7 @@ void CudaDevice::feed(Tensor x, const FfnWeights& w, const Routing* routing, Ten
     multiply(first, scratch_, processors, stream_);
     launch(silu_kernel, unsigned(ceil_div(places * width, 256)), 256, 0, stream_, g, u, static_cast<float*>(hidden), places * width);
   }
-  fresh_choice_ = nullptr;
+  fresh_choice_ = nullptr;  // the second product comes between the choice and what reads it, and lets nothing in before it has waited
   second.choice_is_old = true;
   second.x = {hidden, narrow, hidden_row, hidden_row, nullptr};
   if (!routing) {

@@ -87,8 +87,8 @@ void check_routing(const RouterConfig& c, int64_t n, const Routing& out) {
 }
 
 // A token has a few blocks; each norms it for itself and has a share of the experts, a warp one at a time, whose weights are on their way
-// before the token is there. The first block waits for all scores and routes. While others fill the memory's queues a load takes long, so
-// that as few as can be wait for one another.
+// before the token is there. The first block waits for all scores and routes; the blocks that it waits for come right behind it. A load
+// takes long while the product's blocks fill the memory's queues, so as few as can be depend on one another.
 struct GateFront {
   static constexpr int token_blocks = 8, warps = gemv_warps, loads = 16, pass_columns = loads * 128;
   Gate g;
@@ -152,14 +152,16 @@ struct GateFront {
   }
 
  private:
-  static constexpr uint32_t none = ~0u;  // no sum has these bits: the NaNs of arithmetic are others
-  __device__ static void hand_over(float* to, float x) { *const_cast<volatile float*>(to) = x; }
+  // Words that say that nothing is there are one NaN of many; the one that is handed over is another.
+  static constexpr uint32_t none = ~0u, no_number = 0x7fffffff;
+  __device__ static void put(float* to, uint32_t bits) { *reinterpret_cast<volatile uint32_t*>(to) = bits; }
+  __device__ static void hand_over(float* to, float x) { put(to, isnan(x) ? no_number : __float_as_uint(x)); }
   __device__ static float take_over(float* from) {
-    float x;
-    do x = *const_cast<volatile float*>(from);
-    while (__float_as_uint(x) == none);
-    hand_over(from, __uint_as_float(none));
-    return x;
+    uint32_t bits;
+    do bits = *reinterpret_cast<volatile uint32_t*>(from);
+    while (bits == none);
+    put(from, none);
+    return __uint_as_float(bits);
   }
 };
 

@@ -33,17 +33,18 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cu
   launch_clusters(1, kernel, grid, block, shared_bytes, stream, std::forward<A>(arguments)...);
 }
 
-// A kernel's first lines: the one before has ended, the next may come. In this order a kernel knows, before it waits, that all but the one
-// before it have ended. In the other, `next_at_once`, the next may come and ask for its weights while this one waits; it does not know
-// that.
+// A kernel's first lines: the one before has ended, the next may come. In this order the next knows, before it waits, that all but this one
+// have ended. In the other, `next_at_once`, the next may ask for its weights while this one still waits, and knows of no kernel before it
+// that it has ended.
 __device__ inline void begin_kernel(bool next_at_once = false) {
   if (next_at_once) start_next_kernel();
   wait_previous_kernel();
   if (!next_at_once) start_next_kernel();
 }
 
-// How a multiprocessor's memory should be divided, in percent of the most that blocks can share, for two blocks that take so much. All ask
-// for 64 KB at least: one that is divided otherwise has to be idle first.
+// How a multiprocessor's memory should be divided, in percent of the 228 KB that blocks can share on Hopper (rounded down; the driver takes
+// the next larger division), for two blocks that take so much. All ask for 64 KB at least: one that is divided otherwise has to be idle
+// first.
 inline int shared_percent(size_t block_bytes) {
   constexpr size_t others = 2560;  // the system's and what kernels declare
   for (const int kb : {64, 100, 132, 164, 196})

@@ -48,7 +48,7 @@ struct Product {
   const int32_t* choice;
   bool choice_is_old;  // it, or the runs, written by a kernel before the one before
   bool decoded;        // weights written by the kernel before
-  bool next_at_once;   // of few rows: the next kernel may come before this one's activations are there; it reads no choice
+  bool next_at_once;   // of few rows: the next kernel, which reads constants alone before it waits, may come before this one has waited
   const Run* runs;
   const int32_t* run_count;
   int most_runs, tile;  // runs have at most `tile` rows; up to few_rows, or 0 for any number, they are for product_gemv

@@ -135,6 +135,7 @@ class Conversion {
   void take_direction(std::vector<Share>& channels, const Matrix& moments, const Matrix& energy) const {
     const auto n = int64_t(channels.size());
     std::vector<double> weights;
+    weights.reserve(channels.size());
     for (const Share& c : channels) weights.push_back(o_.metric ? std::max(weight(energy, c.group, c.pair), 1e-12) : 1);
     std::vector<Complex> h(static_cast<size_t>(n * n));
     for (int64_t i = 0; i < n; ++i)
@@ -172,7 +173,10 @@ class Conversion {
       std::vector<Share> channels;
       for (int64_t g = 0; g < s_.groups; ++g)
         for (int64_t pair : pairs[size_t(slot)]) channels.push_back({g, pair, 0, 0});
-      o_.rotary == Rotary::norm ? take_largest(channels, moments, energy) : take_direction(channels, moments, energy);
+      if (o_.rotary == Rotary::norm)
+        take_largest(channels, moments, energy);
+      else
+        take_direction(channels, moments, energy);
       double* key_re = rotary_key_.row(2 * slot);
       double* key_im = rotary_key_.row(2 * slot + 1);
       for (const Share& c : channels) add_scaled(c.take, k_.row(re(c.group, c.pair)), k_.row(im(c.group, c.pair)), key_re, key_im, D);

@@ -29,7 +29,7 @@ struct LayerOptions {
   Rotary rotary = Rotary::direction;
   Constant constant = Constant::least_squares;
   bool activations = true;  // weigh inputs by their second moments
-  bool metric = true;       // weigh keys by E[q qᵀ] and values by W_Oᵀ W_O, in the choice of the rotary key too
+  bool metric = true;       // weigh keys by E[q qᵀ] and values by W_Oᵀ W_O, in the choice of a rotary direction too
   bool fold = true;         // fold neighbouring frequencies into each rotary pair, where qk_rope_head_dim < head_dim
   bool balance = true;      // divide keys and values by their energies in the metric
   double value_share = 2;   // β: the values' energy in the metric, over the keys'; without balance its factor

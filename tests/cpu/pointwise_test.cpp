@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <bit>
 
 namespace mla {
 namespace {
@@ -103,6 +104,33 @@ TEST_P(PointwiseTest, gate) {
         EXPECT_LT(ref::relative_error(weight.data() + i * k, r.weight), 1e-5);
       }
     }
+}
+
+// Scores that are no numbers, of whichever bits, route anywhere, and the other tokens where they would go.
+TEST_P(PointwiseTest, a_gate_of_no_numbers_ends) {
+  const auto device = GetParam().open(2);
+  const int64_t n = 3, d = 64, experts = 64, k = 6;
+  RouterConfig c;
+  c.experts = experts, c.top_k = k;
+  auto x = ref::random_floats(n * d, 9), norm = ref::random_floats(d, 10), w = ref::random_floats(experts * d, 11);
+  const Weight router = device->pack(view(w.data(), DType::f32, {experts, d}));
+  auto chosen = [&](float first) {
+    x[size_t(d)] = first;
+    std::vector<float> h(size_t(n * d)), weight(size_t(n * k)), scores(size_t(n * experts));
+    std::vector<int32_t> expert(size_t(n * k), -1);
+    device->gate(view(x.data(), DType::f32, {n, d}), view(norm.data(), DType::f32, {d}), 1e-6F, view(h.data(), DType::f32, {n, d}), router,
+                 c, view(scores.data(), DType::f32, {n, experts}),
+                 {view(expert.data(), DType::i32, {n, k}), view(weight.data(), DType::f32, {n, k})}, {});
+    return expert;
+  };
+  const std::vector<int32_t> numbers = chosen(1);
+  for (const uint32_t bits : {0x7fc00000U, 0x7fffffffU, 0xffffffffU}) {
+    const std::vector<int32_t> expert = chosen(std::bit_cast<float>(bits));
+    for (int64_t i = 0; i < n * k; ++i) {
+      if (i / k != 1) EXPECT_EQ(expert[size_t(i)], numbers[size_t(i)]);
+      EXPECT_TRUE(expert[size_t(i)] >= 0 && expert[size_t(i)] < experts) << expert[size_t(i)];
+    }
+  }
 }
 
 // A group's score is the best expert in it, not the sum of the best two.
