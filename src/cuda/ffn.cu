@@ -1,6 +1,7 @@
 // Gated feed-forward networks and stacks of them. Which expert has which tokens is found out on the GPU, and the host never asks: grids
 // are as large as the worst case, and blocks without work end at once. Each token sums its experts in the order of its routing.
 #include "cuda/cuda.h"
+#include "cuda/elements.cuh"
 #include "cuda/gate.h"
 #include "cuda/launch.cuh"
 #include "cuda/linear.h"
@@ -12,7 +13,7 @@
 namespace mla::cuda {
 namespace {
 
-constexpr int group_threads = 1024, most_experts = 1024;
+constexpr int group_threads = 1024;
 
 // A place is a token's turn at an expert; places lie expert by expert.
 struct Groups {
@@ -56,8 +57,6 @@ __global__ void __launch_bounds__(group_threads) group_kernel(const int32_t* exp
     to.place[p] = at;
   }
 }
-
-__device__ float silu(float x) { return x / (1 + __expf(-x)); }
 
 __global__ void silu_kernel(const float* gate, const float* up, float* hidden, int64_t count) {
   begin_kernel();

@@ -127,7 +127,7 @@ struct GateFront {
     square = part[lane % warps];
     for (int step = warps / 2; step > 0; step /= 2) square += __shfl_xor_sync(~0u, square, step);
     const float scale = rsqrtf(square / float(d) + g.eps);
-    float* exchange = g.exchange + token * most_gate_experts;
+    float* exchange = g.exchange + token * most_experts;
     for (int e = warp; e < count; e += warps) {
       float sum = 0;
       for (int from = 0; from < d; from += pass_columns) {
@@ -186,7 +186,7 @@ void CudaDevice::gate(Tensor x, Tensor norm, float eps, Tensor h, const Weight& 
   const int64_t n = x.shape[0], d = x.shape[1];
   const GateFront front{{x.f32(), norm.f32(), h.f32(), scores.f32(), x.stride[0], h.stride[0], scores.stride[0], eps, int(n),
                          packed(router), c, out.expert.as<int32_t>(), out.weight.f32(), reinterpret_cast<float*>(gate_exchange_.data())}};
-  if (n == 0 || n > few_rows || router.dtype != DType::f32 || c.experts > most_gate_experts || front.shared_bytes() > most_shared_bytes())
+  if (n == 0 || n > few_rows || router.dtype != DType::f32 || c.experts > most_experts || front.shared_bytes() > most_shared_bytes())
     return Device::gate(x, norm, eps, h, router, c, scores, out, shared);
   require(x.rank == 2 && h.rank == 2 && h.shape[0] == n && h.shape[1] == d && norm.count() == d && x.stride[1] == 1 && h.stride[1] == 1,
           "a gate", x, h);

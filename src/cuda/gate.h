@@ -6,7 +6,7 @@
 
 namespace mla::cuda {
 
-constexpr int most_gate_experts = 1024;
+constexpr int most_experts = 1024;
 
 struct Gate {
   const float *x, *norm;
@@ -19,7 +19,7 @@ struct Gate {
   RouterConfig config;
   int32_t* expert;
   float* weight;
-  float* exchange;  // [few_rows, most_gate_experts] of scores between blocks; all bits are set between launches
+  float* exchange;  // [few_rows, most_experts] of scores between blocks; all bits are set between launches
 };
 
 // One launch: the first of a network's two products, and in front of it the gate, which wants nothing of it.

@@ -1,4 +1,5 @@
 // Products with f32 weights, in f32: routers are such, and small models.
+#include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/product.h"
 
@@ -34,17 +35,6 @@ __device__ bool find_run(const Product& p, int index, Run& run) {
 }
 
 __device__ float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
-
-// Four columns of a row, zeros past the end.
-__device__ float4 four(const float* row, int column, int cols, bool aligned) {
-  if (aligned && column + 4 <= cols) return *reinterpret_cast<const float4*>(row + column);
-  float4 x{};
-  if (column < cols) x.x = row[column];
-  if (column + 1 < cols) x.y = row[column + 1];
-  if (column + 2 < cols) x.z = row[column + 2];
-  if (column + 3 < cols) x.w = row[column + 3];
-  return x;
-}
 
 // Few rows of activations: a warp has a row of weights.
 __global__ void __launch_bounds__(32 * warps) f32_few_kernel(const __grid_constant__ Product p, int part_index) {

@@ -1,6 +1,7 @@
 // Products of many rows by Hopper's matrix units: a block computes 128 rows of weights × Tile rows of activations. A warp loads both
 // through the copy engine in steps of 64 columns, several steps ahead; two warpgroups multiply, 64 rows of weights each. Weights are the
 // instruction's rows and activations its columns, so that one kernel serves from 9 rows to thousands.
+#include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/product.h"
 #include "cuda/tensor_map.h"
@@ -41,8 +42,6 @@ __device__ bool find_tile(const Product& p, int tile, Run& run) {
   run = {int(blockIdx.z), int(blockIdx.z) * p.n + first, min(tile, p.n - first)};
   return true;
 }
-
-__device__ float silu(float x) { return x / (1 + __expf(-x)); }
 
 constexpr int consumers = 256, put_pitch = weight_rows + 4;  // rows of results in shared memory begin in different banks
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cuda/codes.cuh"
+#include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/product.h"
 
@@ -189,16 +190,6 @@ struct Piece<DType::q4_0> {
 // the instruction's own two turns.
 __host__ __device__ inline int shared_pitch(int pitch) { return pitch / 64 * 64 + 32 + (pitch % 64 ? 64 : 0); }
 
-__device__ inline float4 four(const float* row, int column, int cols) {
-  if (column + 4 <= cols && reinterpret_cast<uintptr_t>(row + column) % 16 == 0) return *reinterpret_cast<const float4*>(row + column);
-  float4 x{};
-  if (column < cols) x.x = row[column];
-  if (column + 1 < cols) x.y = row[column + 1];
-  if (column + 2 < cols) x.z = row[column + 2];
-  if (column + 3 < cols) x.w = row[column + 3];
-  return x;
-}
-
 // The squares of rows that are to be normed, a warp's share each. Turns take turns, so that nobody overwrites what is still read.
 template <class Team>
 using Squares = float[few_rows][Team::warps];
@@ -240,8 +231,6 @@ __device__ void stage(const Team& team, const Product& p, int head, int first, i
     if (team.lane == 0) squares[t][team.warp] = sum;
   }
 }
-
-__device__ inline float silu(float x) { return x / (1 + __expf(-x)); }
 
 // What a block's 16 rows of weights are: rows of one matrix; 8 of the gate and the same 8 of the up projection; or, where a token's experts
 // are summed, 8 of one expert and the same 8 of the next.
