@@ -132,7 +132,8 @@ void CudaDevice::feed(Tensor x, const FfnWeights& w, const Routing* routing, Ten
   Product second = first;
   void* hidden = scratch_.bytes(size_t(places) * size_t(hidden_row) * (narrow ? 2 : 4));
   const Results to_hidden{hidden, narrow, hidden_row, hidden_row, nullptr, false};
-  if (together && narrow) {
+  require(!in_front || narrow, "a gate in front of two products");
+  if (narrow) {
     first.part[0] = {gate, up, to_hidden};
     if (in_front)
       product_behind_gate(first, *in_front, stream_);

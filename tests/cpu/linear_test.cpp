@@ -205,9 +205,9 @@ TEST_P(LinearTest, normed_products_are_products_of_norms) {
     device->rms_norm(in, scale, 1e-6F, room);
     auto check = [&](const Weight& weight, const std::vector<float>& got, int64_t count) {
       device->linear(room, weight, {}, view(expected.data(), DType::f32, {n, count}));
-      // A GPU rounds rows to bf16 before they are divided by their size in the one, after it in the other.
-      EXPECT_LT(ref::relative_error(got.data(), {expected.begin(), expected.begin() + n * count}), GetParam().machine.kernels ? 1e-6 : 2e-2)
-          << n;
+      // A GPU rounds few rows to bf16 before they are divided by their size in the one, after it in the other.
+      const double bound = GetParam().machine.kernels ? 1e-6 : n > 8 ? 5e-3 : 2e-2;
+      EXPECT_LT(ref::relative_error(got.data(), {expected.begin(), expected.begin() + n * count}), bound) << n;
     };
     check(v, y, rows[0]);
     check(w, z, rows[1]);
