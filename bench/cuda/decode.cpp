@@ -109,7 +109,7 @@ class Bench {
       spans.push_back({b * s.queries, s.queries, s.context - s.queries, 0, s.context, pages.data() + int64_t(b) * per_sequence});
     const DecodePlan plan = plan_decode(spans, true, s.heads, page_tokens, processors_, costs_);
     const UploadedPlan uploaded(plan, nullptr);
-    const GpuBuffer scratch(decode_scratch_bytes(plan.slots, plan.row_blocks, d_v));
+    const GpuBuffer scratch(decode_scratch_bytes(plan.slots, plan.most_rows, d_v));
     const int64_t rows = int64_t(s.batch) * s.queries * s.heads;
     const float scale = 1 / std::sqrt(192.0F);
     const GpuBuffer lse(size_t(rows) * 4);

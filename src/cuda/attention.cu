@@ -115,7 +115,7 @@ void CudaDevice::attend_decode(Tensor q, const Kv& kv, Spans spans, Mask mask, f
     rows_to_bf16({q.data, false, q.stride[1], 0, nullptr}, n * n_h, 1, d_k, d_k, to, stream_);
     narrow = to;
   }
-  void* partials = scratch_.bytes(decode_scratch_bytes(plan->slots, plan->row_blocks, kv.format.layout.d_v));
+  void* partials = scratch_.bytes(decode_scratch_bytes(plan->slots, plan->most_rows, kv.format.layout.d_v));
   decode_sm90({narrow, n, kv, *plan, n_h, scale, true, o.data, lse.f32(), partials}, stream_);
 }
 

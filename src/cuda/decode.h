@@ -42,8 +42,8 @@ struct DecodeCall {
   void* scratch;  // decode_scratch_bytes
 };
 
-// Partial results of split sequences; of a plan, on either side, its slots and row_blocks.
-size_t decode_scratch_bytes(int slots, int row_blocks, int d_v);
+// Partial results of split sequences; of a plan, on either side, its slots and most_rows.
+size_t decode_scratch_bytes(int slots, int most_rows, int d_v);
 
 // Whether the Hopper kernel has this cache's shape.
 bool decode_sm90_takes(const Kv& kv);

@@ -14,13 +14,20 @@ struct DecodeLoader {
   const CUtensorMap *q_map, *kv_map;
   const DecodeCall& call;
   int lane, tiles_a_page;
-  // Where more than two blocks share tiles, the next pair is fetched into the second-level cache: such work is bound by arithmetic and
-  // waits for its copies. Where memory is the bound, fetching costs more than it gives.
+  // Where blocks share tiles, the next pair is fetched into the second-level cache, so that copies wait for memory less; not where they are
+  // the first to leave it, for what is fetched is not.
   bool fetches;
+  uint64_t policy;
   int q_parity = 1, parity[2] = {1, 1};  // of the emptiness that is waited for
 
-  __device__ DecodeLoader(const CUtensorMap* q, const CUtensorMap* kv, const DecodeCall& c)
-      : q_map(q), kv_map(kv), call(c), lane(int(threadIdx.x) & 31), tiles_a_page(c.kv.page_tokens / tile_tokens), fetches(gridDim.x > 2) {}
+  __device__ DecodeLoader(const CUtensorMap* q, const CUtensorMap* kv, const DecodeCall& c, bool first_to_go)
+      : q_map(q),
+        kv_map(kv),
+        call(c),
+        lane(int(threadIdx.x) & 31),
+        tiles_a_page(c.kv.page_tokens / tile_tokens),
+        fetches(gridDim.x > 1 && !first_to_go),
+        policy(cache_policy(first_to_go)) {}
 
   // Rows past the item's last may be other sequences': no row's result depends on another's.
   __device__ void queries(const DecodeItem& item, int first) {
@@ -42,7 +49,7 @@ struct DecodeLoader {
       uint64_t* full = &b.shared().full[tile][box];
       uint8_t* at = b.k(tile) + box * box_bytes;
       barrier_expect(full, box_bytes);
-      copy_box(at, kv_map, full, box * 64, y, page);
+      copy_box(at, kv_map, full, box * 64, y, page, policy);
     }
   }
 
@@ -119,32 +126,33 @@ struct DecodeGroup {
 
   // s += Q Kᵀ over boxes [from, to)
   __device__ void scores(float (&s)[32], int tile, int from, int to, bool first) const {
+    const uint64_t q = wgmma_operand(shared_address(b.q())), keys = wgmma_operand(shared_address(b.k(tile)));
 #pragma unroll 1
     for (int box = from; box < to; ++box) {  // rolled: a short kernel starts sooner from cold caches
       barrier_wait(&b.shared().full[tile][box], parity[tile]);
       wgmma_begin();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const int offset = box * box_bytes + k * 32;
-        wgmma<false>(s, wgmma_operand(shared_address(b.q()) + offset), wgmma_operand(shared_address(b.k(tile)) + offset),
-                     !(first && box == from && k == 0));
+        const uint32_t offset = box * box_bytes + k * 32;
+        wgmma<false>(s, wgmma_behind(q, offset), wgmma_behind(keys, offset), !(first && box == from && k == 0));
       }
     }
   }
 
-  // Tokens [16 k, 16 k + 16) of this warpgroup's columns of the values.
-  __device__ uint64_t value_operand(int tile, int k) const {
-    return wgmma_operand(shared_address(b.k(tile)) + values_at + k * 16 * 128, box_bytes);
-  }
+  // This warpgroup's columns of the values; 16 tokens are step_bytes.
+  static constexpr uint32_t step_bytes = 16 * 128;
+  __device__ uint64_t value_operand(int tile) const { return wgmma_operand(shared_address(b.k(tile)) + values_at, box_bytes); }
 
   // o += P V with P in registers, or in the last box of its tile.
   __device__ void values(float (&o)[S::registers], const uint32_t (&p)[16], int tile) const {
+    const uint64_t v = value_operand(tile);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma<true>(o, p + 4 * k, value_operand(tile, k), 1);
+    for (int k = 0; k < 4; ++k) wgmma<true>(o, p + 4 * k, wgmma_behind(v, k * step_bytes), 1);
   }
   __device__ void values(float (&o)[S::registers], int tile) const {
+    const uint64_t v = value_operand(tile), p = wgmma_operand(shared_address(b.probabilities(tile)));
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma<true>(o, wgmma_operand(shared_address(b.probabilities(tile)) + k * 32), value_operand(tile, k), 1);
+    for (int k = 0; k < 4; ++k) wgmma<true>(o, wgmma_behind(p, k * 32), wgmma_behind(v, k * step_bytes), 1);
   }
 
   // Zeroes a tile's rows from `valid` on: what is there is not the sequence's, and 0 × NaN is NaN.
@@ -318,17 +326,20 @@ __device__ void store_rows(const DecodeGroup<S>& g, const DecodeArguments& a, co
     const float sum = share[0][row] + share[1][row], lse = sum > 0 ? m[i] + log2f(sum) : -INFINITY;
     scale[i] = sum > 0 ? 1 / sum : 0;
     if (g.group != 0 || (g.lane & 3) != 0 || first + row >= item.rows) continue;
+    const int place = first + row;
     if (item.slot < 0)
-      a.call.lse[int64_t(item.start) * a.call.n_h + first + row] = lse * ln_2;
+      a.call.lse[int64_t(item.start) * a.call.n_h + place] = lse * ln_2;
     else
-      a.partial.lse[int64_t(item.slot) * a.call.plan.row_blocks * block_rows + first + row] = lse;
+      a.partial.lse[partial_lse_at(a.call.plan, item, place / slab_rows) + place % slab_rows] = lse;
   }
   if (item.slot < 0) return store_whole(g, a.call, item, first, o, scale);
   if (first + g.warp * 16 >= item.rows) return;
-  uint2* to = a.partial.o + partial_at(a.call.plan, item.slot, first / block_rows, g.group, S::values) + g.thread;
+  const int slab = first / slab_rows + g.warp, sixteen = g.group * S::columns / 16;
+  uint4* to = a.partial.o + partial_at(a.call.plan, item, slab, sixteen, S::values) + g.lane;
 #pragma unroll
-  for (int j = 0; j < S::registers / 4; ++j)
-    to[j * 128] = {bf16_pair(o[4 * j] * scale[0], o[4 * j + 1] * scale[0]), bf16_pair(o[4 * j + 2] * scale[1], o[4 * j + 3] * scale[1])};
+  for (int j = 0; j < S::registers; j += 8, to += item.pieces * 32)
+    *to = {bf16_pair(o[j] * scale[0], o[j + 1] * scale[0]), bf16_pair(o[j + 4] * scale[0], o[j + 5] * scale[0]),
+           bf16_pair(o[j + 2] * scale[1], o[j + 3] * scale[1]), bf16_pair(o[j + 6] * scale[1], o[j + 7] * scale[1])};
 }
 
 template <class S>
@@ -365,14 +376,14 @@ __global__ void __launch_bounds__(decode_threads, 1)
     init_barriers<S>();
   }
   __syncthreads();
-  if (next_at_once(a.call.plan)) start_next_kernel();
+  start_next_kernel();
   wait_previous_kernel();  // queries and cache rows are there
 
   const int group = __shfl_sync(~0u, int(threadIdx.x) / 128, 0);
   if (group == 2) {
     give_registers<S::loader_registers>();
     const int warp = int(threadIdx.x) / 32 - 8;
-    DecodeLoader<S> loader(&q_map, &kv_map, a.call);
+    DecodeLoader<S> loader(&q_map, &kv_map, a.call, gridDim.x <= 2 && streams_by(part.tiles, S::tile_bytes));
     if (!S::codes && warp == 1) loader.q_parity = 0;
     [[maybe_unused]] CodeLoader<S> codes(a.call);
     bool early = true;  // the first queries go before the first tiles, later ones beside them
@@ -404,8 +415,8 @@ __global__ void __launch_bounds__(decode_threads, 1)
       else
         odd_tiles(g, rows, item, o, m, l);
       barrier_arrive(&b.shared().q_empty);
-      if (i + 1 == end) start_next_kernel();
       store_rows(g, a, item, first, o, m, l, q_parity ^ 1);
+      __syncwarp();  // else the compiler takes the warps of later items for diverged, and keeps what is uniform in every lane
     }
   }
 }

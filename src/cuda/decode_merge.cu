@@ -1,4 +1,4 @@
-// Joins the partial results of split sequences, a monoid over (output, log-sum): 16 rows a block.
+// Joins the partial results of split sequences, a monoid over (output, log-sum): a block joins 16 rows of some columns, which lie together.
 #include "cuda/decode_softmax.cuh"
 #include "cuda/launch.cuh"
 
@@ -7,183 +7,130 @@
 namespace mla::cuda {
 namespace {
 
-constexpr int teams = 8, merge_rows = 16;  // a block joins 16 rows, as a warp of the decode kernel holds them
+constexpr int most_warps = 8;  // of a block
 
-// weight[piece][row] of rows [first, first + 16); the block at the first columns stores the rows' sums.
-__device__ void weigh(const DecodeCall& call, const DecodePartials& partial, const DecodeMerge& merge, int first, float* weight) {
-  const int64_t pitch = int64_t(call.plan.row_blocks) * block_rows;
-  const int lane = int(threadIdx.x);
-  for (int r = int(threadIdx.y); r < merge_rows && first + r < merge.rows; r += teams) {
-    const float* lse = partial.lse + merge.slot * pitch + first + r;
-    float top = -INFINITY, total = 0;
-    for (int i = lane; i < merge.pieces; i += 32) top = fmaxf(top, weight[i * merge_rows + r] = lse[i * pitch]);
-    for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-    const float base = top == -INFINITY ? 0 : top;
-    for (int i = lane; i < merge.pieces; i += 32) total += exp2f(weight[i * merge_rows + r] - base);
-    for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
-    const float scale = total > 0 ? 1 / total : 0;
-    for (int i = lane; i < merge.pieces; i += 32) weight[i * merge_rows + r] = scale * exp2f(weight[i * merge_rows + r] - base);
-    if (blockIdx.x == 0 && lane == 0)
-      call.lse[int64_t(merge.start) * call.n_h + first + r] = total > 0 ? (top + log2f(total)) * ln_2 : -INFINITY;
-  }
+extern __shared__ __align__(128) uint8_t merge_memory[];
+
+constexpr int piece_bytes = 32 * sizeof(uint4), lse_bytes = slab_rows * sizeof(float);  // of one piece, 16 rows and 16 columns
+
+// 2^(lse - top), nothing for rows of no pieces.
+__device__ float weight_of(float lse, float top) { return top == -INFINITY ? 0 : fast_exp2(lse - top); }
+
+__device__ void add_weighted(float2& sum, float weight, uint32_t pair) {
+  const float2 x = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+  sum.x += weight * x.x, sum.y += weight * x.y;
 }
 
-__device__ void store_pair(const DecodeCall& call, int64_t at, float x, float y) {
-  if (call.out_f32)
-    *reinterpret_cast<float2*>(static_cast<float*>(call.o) + at) = {x, y};
-  else
-    *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(call.o) + at) = bf16_pair(x, y);
-}
-
-__device__ float4 widen(const uint2& x) {
-  auto pair = [](const uint32_t& y) { return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&y)); };
-  const float2 upper = pair(x.x), lower = pair(x.y);
-  return {upper.x, upper.y, lower.x, lower.y};
-}
-
-// The sum over every teams-th piece of a lane's four results; `o` is its place in the first piece.
-__device__ float4 weighted_sum(const uint2* o, int64_t pitch, const float* weight, int team, int pieces) {
-  float4 sum{};
-#pragma unroll 4
-  for (int i = team; i < pieces; i += teams) {
-    const float4 x = widen(o[i * pitch]);
-    const float upper = weight[i * merge_rows], lower = weight[i * merge_rows + 8];
-    sum.x += upper * x.x, sum.y += upper * x.y, sum.z += lower * x.z, sum.w += lower * x.w;
-  }
-  return sum;
-}
-
-// Weights of few pieces for rows r and r + 8, in registers: every thread works them out for itself, while its results are on their way.
-struct FewWeights {
-  static constexpr int most = 8;
-  float upper[most], lower[most];
-
-  __device__ FewWeights(const float* lse, int64_t pitch, int pieces, float (&sum)[2]) {
-#pragma unroll
-    for (int i = 0; i < most; ++i) {
-      upper[i] = i < pieces ? lse[i * pitch] : -INFINITY;
-      lower[i] = i < pieces ? lse[i * pitch + 8] : -INFINITY;
-    }
-    sum[0] = normalise(upper), sum[1] = normalise(lower);
-  }
-
-  // Returns the logarithm of the sum, base 2.
-  __device__ static float normalise(float (&w)[most]) {
-    float top = -INFINITY, total = 0;
-#pragma unroll
-    for (const float x : w) top = fmaxf(top, x);
-    const float base = top == -INFINITY ? 0 : top;
-#pragma unroll
-    for (float& x : w) total += x = exp2f(x - base);
-    const float scale = total > 0 ? 1 / total : 0;
-#pragma unroll
-    for (float& x : w) x *= scale;
-    return total > 0 ? top + log2f(total) : -INFINITY;
-  }
+// What warps that share columns hand to one another: of each, its rows' largest log-sum and the sum of their weights, and the weighted sums
+// of a lane: columns c and c + 1, c + 8 and c + 9 of row r, then of row r + 8.
+struct Shares {
+  float top[most_warps][slab_rows], total[most_warps][slab_rows];
+  float2 sum[most_warps][4][32];
 };
 
-// Where a lane's four results of columns [8 eight, 8 eight + 8) are in a merge's first piece.
-__device__ const uint2* results(const DecodeCall& call, const DecodePartials& partial, const DecodeMerge& merge, int first, int eight) {
-  const int d_v = call.kv.format.layout.d_v, eights = d_v / 16;
-  return partial.o + partial_at(call.plan, merge.slot, first / block_rows, eight / eights, d_v) + eight % eights * 128 +
-         first % block_rows / merge_rows * 32 + threadIdx.x;
+// A warp's pieces; `o` is the lane's place in the first, `lse` its row r there.
+__device__ void join_pieces(const uint4* o, const float* lse, int pieces, Shares& shares) {
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) & 31;
+  float top[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  float2 sum[4] = {};
+#pragma unroll 4
+  for (int i = 0; i < pieces; ++i)
+    for (int r = 0; r < 2; ++r) top[r] = fmaxf(top[r], lse[i * slab_rows + 8 * r]);
+#pragma unroll 2
+  for (int i = 0; i < pieces; ++i) {
+    const uint4 x = o[i * 32];
+    const float upper = weight_of(lse[i * slab_rows], top[0]), lower = weight_of(lse[i * slab_rows + 8], top[1]);
+    total[0] += upper, total[1] += lower;
+    add_weighted(sum[0], upper, x.x), add_weighted(sum[1], upper, x.y), add_weighted(sum[2], lower, x.z), add_weighted(sum[3], lower, x.w);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) shares.sum[warp][i][lane] = sum[i];
+  for (int r = 0; r < 2 && lane % 4 == 0; ++r) shares.top[warp][lane / 4 + 8 * r] = top[r], shares.total[warp][lane / 4 + 8 * r] = total[r];
 }
 
-__device__ void store_four(const DecodeCall& call, const DecodeMerge& merge, int row, int eight, const float4& x) {
-  const int d_v = call.kv.format.layout.d_v;
-  const int64_t at = (int64_t(merge.start) * call.n_h + row) * d_v + eight * 8 + (threadIdx.x & 3) * 2;
-  if (row < merge.rows) store_pair(call, at, x.x, x.y);
-  if (row + 8 < merge.rows) store_pair(call, at + 8 * d_v, x.z, x.w);
+// Joins the shares of `teams` warps, from `warp` on, for the i-th pair of a lane; divides and stores.
+__device__ void join_shares(const Shares& shares, int warp, int teams, int i, const DecodeCall& call, const DecodeMerge& merge, int slab,
+                            int sixteen) {
+  const int lane = int(threadIdx.x) & 31, row = lane / 4 + i / 2 * 8, at_row = slab * slab_rows + row;
+  float top = -INFINITY, total = 0;
+  float2 sum{};
+#pragma unroll 4
+  for (int t = 0; t < teams; ++t) top = fmaxf(top, shares.top[warp + t][row]);
+#pragma unroll 2
+  for (int t = 0; t < teams; ++t) {
+    const float w = weight_of(shares.top[warp + t][row], top);
+    const float2 x = shares.sum[warp + t][i][lane];
+    total += w * shares.total[warp + t][row], sum.x += w * x.x, sum.y += w * x.y;
+  }
+  if (at_row >= merge.rows) return;
+  const float scale = total > 0 ? 1 / total : 0;
+  const int64_t place = int64_t(merge.start) * call.n_h + at_row;
+  const int64_t at = place * call.kv.format.layout.d_v + sixteen * 16 + i % 2 * 8 + lane % 4 * 2;
+  if (call.out_f32)
+    *reinterpret_cast<float2*>(static_cast<float*>(call.o) + at) = {sum.x * scale, sum.y * scale};
+  else
+    *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(call.o) + at) = bf16_pair(sum.x * scale, sum.y * scale);
+  if (sixteen == 0 && i % 2 == 0 && lane % 4 == 0) call.lse[place] = total > 0 ? (top + log2f(total)) * ln_2 : -INFINITY;
 }
 
-__global__ void __launch_bounds__(32 * teams) merge_few_kernel(const DecodeCall call, const DecodePartials partial) {
+// Blocks: some sixteens of columns, the merges, the slabs. `teams` neighbouring warps share 16 columns, each with some of the pieces, which
+// it fetches for itself.
+__global__ void __launch_bounds__(32 * most_warps) merge_kernel(const DecodeCall call, const DecodePartials partial, int teams) {
+  __shared__ uint64_t here[most_warps];
+  __shared__ Shares shares;
   const DecodeMerge merge = call.plan.merge[blockIdx.y];  // the plan is older than the kernel that is waited for
-  const int first = int(blockIdx.z) * merge_rows, d_v = call.kv.format.layout.d_v, row = first + int(threadIdx.x) / 4;
-  begin_kernel(true);
-  if (first >= merge.rows) return;
-  const int64_t lse_pitch = int64_t(call.plan.row_blocks) * block_rows, pitch = lse_pitch * d_v / 4;
-  const int step = int(gridDim.x) * teams;
-  int eight = int(blockIdx.x * teams + threadIdx.y);
-  uint2 x[FewWeights::most];
-  auto load = [&] {
-    const uint2* o = results(call, partial, merge, first, eight);
-#pragma unroll
-    for (int i = 0; i < FewWeights::most; ++i) x[i] = i < merge.pieces ? o[i * pitch] : uint2{};
-  };
-  load();  // before the weights, which take as long to come
-  float sum[2];
-  const FewWeights weights(partial.lse + merge.slot * lse_pitch + row, lse_pitch, merge.pieces, sum);
-  while (true) {
-    float4 all{};
-#pragma unroll
-    for (int i = 0; i < FewWeights::most; ++i) {
-      const float4 y = widen(x[i]);
-      all.x += weights.upper[i] * y.x, all.y += weights.upper[i] * y.y;
-      all.z += weights.lower[i] * y.z, all.w += weights.lower[i] * y.w;
-    }
-    store_four(call, merge, row, eight, all);
-    eight += step;
-    if (eight >= d_v / 8) break;
-    load();
+  const int warps = int(blockDim.x) / 32, warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) & 31, slab = int(blockIdx.z);
+  const int first = int(blockIdx.x) * (warps / teams), each = (merge.pieces + teams - 1) / teams, begin = warp % teams * each;
+  const int pieces = max(0, min(each, merge.pieces - begin));
+  if (lane == 0) {
+    barrier_init(&here[warp], 1);
+    barrier_init_done();
   }
-  if (blockIdx.x != 0 || threadIdx.y != 0 || threadIdx.x % 4 != 0) return;
-  for (int i = 0; i < 2; ++i)
-    if (row + 8 * i < merge.rows) call.lse[int64_t(merge.start) * call.n_h + row + 8 * i] = sum[i] * ln_2;
-}
-
-// The teams share the pieces of the same columns.
-__global__ void __launch_bounds__(32 * teams) merge_many_kernel(const DecodeCall call, const DecodePartials partial) {
-  extern __shared__ float weight[];  // [pieces, 16]
-  __shared__ float4 sums[teams][32];
-  const DecodeMerge merge = call.plan.merge[blockIdx.y];
-  const int first = int(blockIdx.z) * merge_rows, d_v = call.kv.format.layout.d_v, lane = int(threadIdx.x), team = int(threadIdx.y);
+  __syncwarp();
   begin_kernel(true);
-  if (first >= merge.rows) return;
-  weigh(call, partial, merge, first, weight);
+  if (slab * slab_rows >= merge.rows) return;
+  uint8_t* o = merge_memory + warp * each * (piece_bytes + lse_bytes);
+  auto* lse = reinterpret_cast<float*>(o + each * piece_bytes);
+  if (lane == 0 && pieces > 0) {
+    const int sixteen = first + warp / teams, d_v = call.kv.format.layout.d_v;
+    barrier_expect(&here[warp], pieces * (piece_bytes + lse_bytes));
+    copy_bytes(lse, partial.lse + partial_lse_at(call.plan, merge.slot, begin, merge.pieces, slab), pieces * lse_bytes, &here[warp]);
+    copy_bytes(o, partial.o + partial_at(call.plan, merge.slot, begin, merge.pieces, slab, sixteen, d_v), pieces * piece_bytes,
+               &here[warp]);
+  }
+  if (pieces > 0) barrier_wait(&here[warp], 0);
+  join_pieces(reinterpret_cast<const uint4*>(o) + lane, lse + lane / 4, pieces, shares);
   __syncthreads();
-  const int64_t pitch = int64_t(call.plan.row_blocks) * block_rows * d_v / 4;
-  for (int eight = int(blockIdx.x); eight < d_v / 8; eight += int(gridDim.x)) {
-    float4 sum = weighted_sum(results(call, partial, merge, first, eight), pitch, weight + lane / 4, team, merge.pieces);
-    sums[team][lane] = sum;
-    __syncthreads();
-    for (int i = 1; i < teams && team == 0; ++i) {
-      const float4 x = sums[i][lane];
-      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-    }
-    __syncthreads();
-    if (team == 0) store_four(call, merge, first + lane / 4, eight, sum);
-  }
+  for (int job = warp; job < warps / teams * 4; job += warps)
+    join_shares(shares, job / 4 * teams, teams, job % 4, call, merge, slab, first + job / 4);
 }
 
 }  // namespace
 
-size_t decode_scratch_bytes(int slots, int row_blocks, int d_v) {
-  return size_t(slots) * size_t(row_blocks) * block_rows * size_t(2 * d_v + 4);
+size_t decode_scratch_bytes(int slots, int most_rows, int d_v) {
+  return size_t(slots) * size_t(slabs_of(most_rows)) * slab_rows * size_t(2 * d_v + 4);
 }
 
 void merge_decode(const DecodeCall& call, DecodePartials partial, int d_v, cudaStream_t stream) {
-  // Three blocks fill a multiprocessor's shared memory, so that they do not crowd on those that are idle first.
-  constexpr int shared_bytes = 74 << 10;
-  const bool few = call.plan.most_pieces <= FewWeights::most;
-  const int weights = few ? 0 : call.plan.most_pieces * merge_rows * 4, eights = d_v / 8;
-  require(weights <= shared_bytes && eights % teams == 0, "more pieces or fewer columns than a merge takes");
-  auto kernel = few ? merge_few_kernel : merge_many_kernel;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  const DeviceDecodePlan& plan = call.plan;
+  constexpr int processors = 132;  // of Hopper's larger GPUs; others take their blocks in other rounds
+  const int slabs = slabs_of(plan.most_rows), sixteens = d_v / 16, alone = plan.merges * slabs * sixteens;  // warps without teams
+  // A warp has few pieces as long as all warps have a place at once.
+  constexpr int few = 4, places = 2 * processors * most_warps;
+  int teams = 1;
+  while (teams < most_warps && few * teams < plan.most_pieces && 2 * teams * alone <= places) teams *= 2;
+  auto blocks = [&](int warps) { return alone * teams / warps; };
+  int warps = most_warps;  // fewer if there would be multiprocessors without
+  while (warps > teams && (blocks(warps) < processors || warps > teams * sixteens)) warps /= 2;
+  const int bytes = warps * ((plan.most_pieces + teams - 1) / teams) * (piece_bytes + lse_bytes);
+  constexpr int most_bytes = 200 << 10;
+  require(bytes <= most_bytes, "more pieces than a merge takes");
+  // So much memory that they do not crowd on the multiprocessors that are idle first.
+  const int rounds = std::clamp((blocks(warps) + processors - 1) / processors, 1, 3), room = (220 << 10) / rounds - (16 << 10);
   // The division of memory that the decode kernel left, so that no multiprocessor waits to be divided anew.
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  constexpr int enough_blocks = 384;  // to fill the GPU; a block weighs its pieces once for all its columns
-  const int tall = (call.plan.most_rows + merge_rows - 1) / merge_rows, wanted = enough_blocks / (call.plan.merges * tall);
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(std::clamp(wanted, 1, few ? eights / teams : eights)), unsigned(call.plan.merges), unsigned(tall));
-  config.blockDim = dim3(32, teams);
-  config.dynamicSmemBytes = size_t(shared_bytes);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, call, partial));
+  check(cudaFuncSetAttribute(merge_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  launch(merge_kernel, dim3(unsigned(sixteens * teams / warps), unsigned(plan.merges), unsigned(slabs)), dim3(unsigned(32 * warps)),
+         size_t(std::max(room, bytes)), stream, call, partial, teams);
 }
 
 }  // namespace mla::cuda

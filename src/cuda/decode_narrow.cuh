@@ -98,9 +98,14 @@ struct NarrowLoader {
   const DecodeCall& call;
   int lane, tiles_a_page;
   NarrowRing<Codes> ring{0, 1};  // the parity of the emptiness that is waited for
+  uint64_t policy;
 
-  __device__ NarrowLoader(const CUtensorMap* map, const DecodeCall& c)
-      : kv_map(map), call(c), lane(int(threadIdx.x) & 31), tiles_a_page(c.kv.page_tokens / tile_tokens) {}
+  __device__ NarrowLoader(const CUtensorMap* map, const DecodeCall& c, bool first_to_go)
+      : kv_map(map),
+        call(c),
+        lane(int(threadIdx.x) & 31),
+        tiles_a_page(c.kv.page_tokens / tile_tokens),
+        policy(cache_policy(first_to_go)) {}
 
   __device__ void stage(int row, int page) {
     NarrowShared<Codes>& shared = narrow_shared<Codes>();
@@ -110,9 +115,9 @@ struct NarrowLoader {
     if (lane == 0) barrier_expect(full, S::stage_bytes);
     __syncwarp();
     if constexpr (Codes) {
-      if (lane == 0) copy_bytes(to, call.kv.base + page * call.kv.page_bytes + row * S::row_bytes, S::stage_bytes, full);
+      if (lane == 0) copy_bytes(to, call.kv.base + page * call.kv.page_bytes + row * S::row_bytes, S::stage_bytes, full, policy);
     } else if (lane < S::d_k / 64) {
-      copy_box(to + lane * S::box_bytes, kv_map, full, lane * 64, row, page);
+      copy_box(to + lane * S::box_bytes, kv_map, full, lane * 64, row, page, policy);
     }
     ring.next();
   }
@@ -458,7 +463,7 @@ struct NarrowWarp {
       sums[row] = l;
       const float lse = l > 0 ? m - S::lift + log2f(l) : -INFINITY;
       if (row < item.rows && item.slot < 0) call.lse[int64_t(item.start) * call.n_h + row] = lse * ln_2;
-      if (row < item.rows && item.slot >= 0) partial.lse[int64_t(item.slot) * block_rows + row] = lse;
+      if (row < item.rows && item.slot >= 0) partial.lse[partial_lse_at(call.plan, item, 0) + row] = lse;
     }
     sync();
 #pragma unroll
@@ -469,9 +474,11 @@ struct NarrowWarp {
     }
     if constexpr (Codes) place_columns();
     if (item.slot < 0) return store_whole(call, item);
-    uint2* to = partial.o + partial_at(call.plan, item.slot, 0, warp / 4, S::d_v) + warp % 4 * 8 * 128 + lane;
+    uint4* to = partial.o + partial_at(call.plan, item, 0, warp * 4, S::d_v) + lane;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) to[j * 128] = {bf16_pair(o[j][0], o[j][1]), bf16_pair(o[j][2], o[j][3])};
+    for (int j = 0; j < 8; j += 2, to += item.pieces * 32)
+      *to = {bf16_pair(o[j][0], o[j][1]), bf16_pair(o[j + 1][0], o[j + 1][1]), bf16_pair(o[j][2], o[j][3]),
+             bf16_pair(o[j + 1][2], o[j + 1][3])};
   }
 };
 
@@ -479,7 +486,8 @@ template <bool Codes>
 __global__ void __launch_bounds__(narrow_threads, 1)
     narrow_kernel(const __grid_constant__ CUtensorMap kv_map, const __grid_constant__ DecodeCall call,
                   const __grid_constant__ DecodePartials partial) {
-  const DecodePart& part = call.plan.parts[blockIdx.x];
+  using S = NarrowShape<Codes>;
+  const DecodePart& part = call.plan.parts[blockIdx.y];
   const int lane = int(threadIdx.x) & 31;
   const int first_page = lane < DecodePart::first_tiles ? part.page[lane] : 0;
   DecodeItem item = part.first;
@@ -495,11 +503,11 @@ __global__ void __launch_bounds__(narrow_threads, 1)
     barrier_init_done();
   }
   __syncthreads();
-  if (next_at_once(call.plan)) start_next_kernel();
+  start_next_kernel();
   wait_previous_kernel();  // queries and cache rows are there
 
   if (threadIdx.x >= 32 * narrow_warps) {
-    NarrowLoader<Codes> loader(&kv_map, call);
+    NarrowLoader<Codes> loader(&kv_map, call, streams_by(part.tiles, S::stage_bytes * S::tile_stages));
     for (int i = begin; i < end; ++i) {
       if (i > begin) item = call.plan.items[i];
       loader.tiles(item, i == begin, first_page);
@@ -512,7 +520,6 @@ __global__ void __launch_bounds__(narrow_threads, 1)
     const int limit = min(item.kv_count, item.limit + w.softmax_row() / call.n_h);
     w.begin(call, item);
     for (int t = item.tile_begin; t < item.tile_end; ++t) w.tile(item, t, limit, call.scale * log2_e);
-    if (i + 1 == end) start_next_kernel();
     w.store(call, partial, item, i & 1);
   }
 }

@@ -9,7 +9,7 @@ namespace {
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
 DecodeItem whole_item(const Span& s, bool causal, int n_h) {
-  DecodeItem item{s.start, s.count * n_h, 0, 0, 0, s.kv_count, s.kv_count, -1};
+  DecodeItem item{s.start, s.count * n_h, 0, 0, 0, s.kv_count, s.kv_count, -1, 0, 1};
   if (causal) item.limit = int(std::clamp<int64_t>(int64_t(s.position) - s.kv_position + 1, -s.count, s.kv_count));
   const int seen = std::clamp(item.limit + s.count - 1, 0, s.kv_count);
   item.tile_end = ceil_div(causal ? seen : s.kv_count, tile_tokens);
@@ -39,7 +39,8 @@ int64_t cost_unsplit(const std::vector<DecodeItem>& wholes, int parts, int item_
 }
 
 DecodePart part_of(const DecodePlan& plan, size_t begin, size_t end, int page_tokens) {
-  DecodePart part{plan.items[begin], int32_t(begin), int32_t(end), {}};
+  DecodePart part{plan.items[begin], int32_t(begin), int32_t(end), 0, {}};
+  for (size_t i = begin; i < end; ++i) part.tiles += plan.items[i].tile_end - plan.items[i].tile_begin;
   for (int i = 0; i < DecodePart::first_tiles && part.first.tile_begin + i < part.first.tile_end; ++i)
     part.page[i] = plan.pages[size_t(part.first.table + (part.first.tile_begin + i) * tile_tokens / page_tokens)];
   return part;
@@ -61,6 +62,9 @@ DecodePlan plan_decode(Spans spans, bool causal, int n_h, int page_tokens, int p
   }
   plan.row_blocks = std::max(1, ceil_div(plan.most_rows, block_rows));
   const int parts = std::max(1, processors / plan.row_blocks);
+  int longest = 0;
+  for (const DecodeItem& w : wholes) longest = std::max(longest, w.tile_end);
+  if (longest <= costs.few_tiles) costs.fewest_tiles = 1;
   int capacity = costs.item + std::max(costs.fewest_tiles, ceil_div(cost, parts));  // each part may split one
   const int64_t unsplit = cost_unsplit(wholes, parts, costs.item);
   const bool split = unsplit > capacity + costs.merge;
@@ -89,7 +93,11 @@ DecodePlan plan_decode(Spans spans, bool causal, int n_h, int page_tokens, int p
     const int pieces = int(plan.items.size() - first);
     if (pieces == 1) continue;
     plan.merges.push_back({whole.start, whole.rows, plan.slots, pieces});
-    for (int i = 0; i < pieces; ++i) plan.items[first + size_t(i)].slot = plan.slots++;
+    for (int i = 0; i < pieces; ++i) {
+      DecodeItem& piece = plan.items[first + size_t(i)];
+      piece.slot = plan.slots, piece.piece = i, piece.pieces = pieces;
+    }
+    plan.slots += pieces;
     plan.most_pieces = std::max(plan.most_pieces, pieces);
   }
   if (begin < plan.items.size()) plan.parts.push_back(part_of(plan, begin, plan.items.size(), page_tokens));

@@ -9,6 +9,7 @@ namespace mla::cuda {
 
 constexpr int tile_tokens = 64;  // cache rows a kernel reads at a time
 constexpr int block_rows = 64;   // (query, head) pairs a thread block serves
+constexpr int slab_rows = 16;    // of them that are joined together
 
 // A run of one sequence's tiles for one part of the multiprocessors.
 struct DecodeItem {
@@ -17,17 +18,19 @@ struct DecodeItem {
   int32_t tile_begin, tile_end;
   int32_t kv_count;  // rows the sequence has
   int32_t limit;     // rows its first query sees; each later query sees one more
-  int32_t slot;      // of partial results, or -1 for a sequence in one piece
+  int32_t slot;      // of its sequence's first piece, or -1 for a sequence in one piece
+  int32_t piece, pieces;
 };
 
-// What one part of the multiprocessors does: items [begin, end), the first repeated here with the pages of its first tiles, so that a
-// kernel starts after one read of memory.
+// What one part of the multiprocessors does: items [begin, end), `tiles` in all, the first repeated here with the pages of its first tiles,
+// so that a kernel starts after one read of memory.
 struct DecodePart {
-  static constexpr int first_tiles = 6;
+  static constexpr int first_tiles = 3;
   DecodeItem first;
-  int32_t begin, end;
+  int32_t begin, end, tiles;
   int32_t page[first_tiles];
 };
+static_assert(sizeof(DecodePart) == 64);  // half a line of memory
 
 // The pieces [slot, slot + pieces) of a sequence that was split.
 struct DecodeMerge {
@@ -47,7 +50,8 @@ struct DecodePlan {
 
 struct DecodeCosts {
   int item = 2;          // what an item costs beside its tiles, in tiles: queries in, results out, partial results to merge
-  int fewest_tiles = 2;  // of a piece
+  int fewest_tiles = 2;  // of a piece, unless no sequence has more than
+  int few_tiles = 32;    // these, which make few pieces in any case
   int merge = 6;         // splitting at all
 };
 

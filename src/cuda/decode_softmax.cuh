@@ -9,26 +9,41 @@ namespace mla::cuda {
 
 constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 
-// Results of pieces of sequences, normalised.
+// Normalised results of pieces of sequences. A slab is 16 rows, as a warp holds them: a lane has rows r = lane / 4 and r + 8. The pieces of
+// a sequence lie behind one another for each slab and sixteen columns, so that who joins them reads one stretch of memory.
 struct DecodePartials {
-  uint2* o;    // [slots, row_blocks, 2 warpgroups, d_v / 16, 128 threads], bf16: columns c and c + 1 of row r, then of row r + 8
-  float* lse;  // [slots, row_blocks × 64], base 2
+  uint4* o;    // [sequences of slots][slabs, d_v / 16, pieces, 32 lanes], bf16: columns c and c + 1, c + 8 and c + 9 of r, then of r + 8
+  float* lse;  // [sequences of slots][slabs, pieces, 16 rows], base 2
 };
 
+__host__ __device__ constexpr int slabs_of(int rows) { return (rows + slab_rows - 1) / slab_rows; }
+
 __host__ __device__ inline DecodePartials decode_partials(const DecodeCall& call, int d_v) {
-  auto* o = static_cast<uint2*>(call.scratch);
-  return {o, reinterpret_cast<float*>(o + int64_t(call.plan.slots) * call.plan.row_blocks * block_rows * d_v / 4)};
+  auto* o = static_cast<uint4*>(call.scratch);
+  return {o, reinterpret_cast<float*>(o + int64_t(call.plan.slots) * slabs_of(call.plan.most_rows) * (d_v / 16) * 32)};
 }
-// Where a warpgroup's part of a piece begins, in fours.
-__device__ inline int64_t partial_at(const DeviceDecodePlan& plan, int slot, int row_block, int group, int d_v) {
-  return ((int64_t(slot) * plan.row_blocks + row_block) * 2 + group) * (d_v / 16 * 128);
+// Where the results of a piece begin. The slot is its sequence's first piece's.
+__device__ inline int64_t partial_at(const DeviceDecodePlan& plan, int slot, int piece, int pieces, int slab, int sixteen, int d_v) {
+  const int sixteens = d_v / 16;
+  return ((int64_t(slot) * slabs_of(plan.most_rows) * sixteens) + int64_t(slab * sixteens + sixteen) * pieces + piece) * 32;
 }
-// Whether the next kernel may come at once: where it is a merge only if it finds idle multiprocessors, for it crowds on those that are idle
-// first.
-__device__ inline bool next_at_once(const DeviceDecodePlan& plan) {
-  constexpr unsigned few_blocks = 16;
-  return plan.merges == 0 || gridDim.x * gridDim.y <= few_blocks;
+__device__ inline int64_t partial_lse_at(const DeviceDecodePlan& plan, int slot, int piece, int pieces, int slab) {
+  return (int64_t(slot) * slabs_of(plan.most_rows) + int64_t(slab) * pieces + piece) * slab_rows;
 }
+__device__ inline int64_t partial_at(const DeviceDecodePlan& plan, const DecodeItem& item, int slab, int sixteen, int d_v) {
+  return partial_at(plan, item.slot, item.piece, item.pieces, slab, sixteen, d_v);
+}
+__device__ inline int64_t partial_lse_at(const DeviceDecodePlan& plan, const DecodeItem& item, int slab) {
+  return partial_lse_at(plan, item.slot, item.piece, item.pieces, slab);
+}
+
+// Whether the copies of a cache's rows, which nobody reads again soon, should be the first to leave the second-level cache: they spare what
+// others left there, unless so much comes that it leaves anyway. Then the copies are slower for it.
+__device__ inline bool streams_by(int tiles, int tile_bytes) {
+  constexpr int64_t most_bytes = int64_t(240) << 20;  // five times the cache
+  return int64_t(tiles) * gridDim.y * tile_bytes <= most_bytes;
+}
+
 // Joins the partial results of split sequences.
 void merge_decode(const DecodeCall& call, DecodePartials partial, int d_v, cudaStream_t stream);
 

@@ -14,32 +14,21 @@ namespace {
 template <class S>
 void launch_wide(const DecodeCall& call, cudaStream_t stream) {
   const DeviceDecodePlan& plan = call.plan;
-  auto kernel = decode_kernel<S>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes));
   const DecodeArguments a{call, decode_partials(call, S::values)};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(plan.row_blocks), unsigned(plan.part_count));
-  config.blockDim = dim3(decode_threads);
-  config.dynamicSmemBytes = S::shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = 1;
   const CUtensorMap queries = query_map(call.q, int64_t(call.n) * call.n_h, call.kv.format.layout.d_k);
-  check(cudaLaunchKernelEx(&config, kernel, queries, S::codes ? queries : cache_map(call.kv), a));
+  launch(decode_kernel<S>, dim3(unsigned(plan.row_blocks), unsigned(plan.part_count)), dim3(decode_threads), size_t(S::shared_bytes),
+         stream, queries, S::codes ? queries : cache_map(call.kv), a);
   if (plan.merges > 0) merge_decode(call, a.partial, S::values, stream);
 }
 
 template <bool Codes>
 void launch_narrow(const DecodeCall& call, cudaStream_t stream) {
   using S = NarrowShape<Codes>;
-  auto kernel = narrow_kernel<Codes>;
   const DecodePartials partial = decode_partials(call, S::d_v);
   const Kv& kv = call.kv;
   const CUtensorMap rows = Codes ? CUtensorMap{} : pages_map(kv.base, S::d_k, kv.page_tokens, S::row_bytes, kv.page_bytes, S::stage_rows);
-  launch(kernel, dim3(unsigned(call.plan.part_count)), dim3(narrow_threads), size_t(narrow_bytes<Codes>), stream, rows, call, partial);
+  launch(narrow_kernel<Codes>, dim3(1, unsigned(call.plan.part_count)), dim3(narrow_threads), size_t(narrow_bytes<Codes>), stream, rows,
+         call, partial);
   if (call.plan.merges > 0) merge_decode(call, partial, S::d_v, stream);
 }
 

@@ -44,6 +44,8 @@ __device__ inline void named_arrive(int id, int threads) { asm volatile("bar.arr
 
 // Makes ordinary writes to shared memory visible to matrix products and the copy engine; every writer calls it before its barrier.
 __device__ inline void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same for global memory, on the side that reads by the copy engine what others wrote by ordinary stores.
+__device__ inline void publish_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // Copies the box of `map` at (x, y, z) to shared memory and tells the barrier its bytes.
 __device__ inline void copy_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z) {
@@ -57,6 +59,27 @@ __device__ inline void copy_bytes(void* to, const void* from, int bytes, uint64_
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
+}
+// Both with a policy for the second-level cache.
+__device__ inline void copy_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], "
+      "%6;" ::"r"(shared_address(to)),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+__device__ inline void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+               : "memory");
+}
+// By which what is read is the first to go again, or has the place in the order that it had.
+__device__ inline uint64_t cache_policy(bool first_to_go) {
+  uint64_t first, same;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+  asm("createpolicy.fractional.L2::evict_unchanged.b64 %0, 1.0;" : "=l"(same));
+  return first_to_go ? first : same;
 }
 __device__ inline void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 // Brings the cache line of an address into the second-level cache.

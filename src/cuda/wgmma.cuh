@@ -20,6 +20,11 @@ __device__ inline uint64_t wgmma_operand(uint32_t address, uint32_t lead = 0) {
   return uint64_t((address & 0x3ffff) >> 4) | uint64_t(lead >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
+// The operand that lies `bytes` behind, in the same shared memory: one addition, which the products need not wait for.
+__device__ inline uint64_t wgmma_behind(uint64_t operand, uint32_t bytes) {
+  return operand & ~uint64_t(0xffffffff) | uint32_t(operand) + (bytes >> 4);
+}
+
 // d += A B. Across: B lies in memory as [K, N] with N contiguous, else as [N, K]. A is in shared memory (a descriptor) or in registers
 // (four pairs of bf16). The first product of a sum has `add` 0.
 template <bool Across>

@@ -115,7 +115,7 @@ class Decode : public testing::TestWithParam<Case> {
     const DecodePlan plan = plan_decode(spans, c.causal, c.n_h, c.page_tokens, processors);
     const UploadedPlan uploaded(plan, nullptr);
     const GpuBuffer cache_gpu = upload<std::byte>(cache), q_gpu = upload<uint16_t>(q_bf16);
-    const GpuBuffer scratch(decode_scratch_bytes(plan.slots, plan.row_blocks, c.d_c));
+    const GpuBuffer scratch(decode_scratch_bytes(plan.slots, plan.most_rows, c.d_c));
     for (const bool f32 : {true, false}) {
       const GpuBuffer o(size_t(rows * c.d_c) * 4), lse(size_t(rows) * 4);
       for (const GpuBuffer* b : {&o, &lse, &scratch})
