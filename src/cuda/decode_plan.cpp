@@ -2,6 +2,7 @@
 #include "cuda/decode_plan.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace mla::cuda {
 namespace {
@@ -38,6 +39,36 @@ int64_t cost_unsplit(const std::vector<DecodeItem>& wholes, int parts, int item_
   return low;
 }
 
+// Goes through the sequences in runs of tiles: `run(whole, first tile, tiles)` for each, `close()` where a part is full, that is, costs
+// `capacity`. The last of `parts` takes what is left, a part nearly full nothing more. Returns how many parts were used.
+template <class Close, class Run>
+int share_out(const std::vector<DecodeItem>& wholes, int capacity, bool split, int parts, const DecodeCosts& costs, Close close, Run run) {
+  int used = 1, room = capacity;
+  for (const DecodeItem& whole : wholes) {
+    int done = 0;
+    do {
+      const int left = whole.tile_end - done, least = costs.item + (split ? std::min(costs.fewest_tiles, left) : left);
+      if (used < parts && room < least && room < capacity) close(), ++used, room = capacity;
+      const int tiles = used == parts ? left : std::min(left, std::max(1, room - costs.item));
+      run(whole, done, tiles);
+      done += tiles, room -= tiles + costs.item;
+    } while (done < whole.tile_end);
+  }
+  return used;
+}
+
+// The least that parts may cost if sequences are split, at most what they cost if each splits one.
+int capacity_split(const std::vector<DecodeItem>& wholes, int parts, const DecodeCosts& costs) {
+  int64_t tiles = 0;
+  for (const DecodeItem& w : wholes) tiles += w.tile_end;
+  auto capacity = [&](int64_t cost) { return costs.item + std::max(costs.fewest_tiles, ceil_div(cost, parts)); };
+  const int most = capacity(tiles + int64_t(wholes.size()) * costs.item);
+  auto nothing = [](auto...) {};
+  for (int c = capacity(tiles); c < most; ++c)
+    if (share_out(wholes, c, true, std::numeric_limits<int>::max(), costs, nothing, nothing) <= parts) return c;
+  return most;
+}
+
 DecodePart part_of(const DecodePlan& plan, size_t begin, size_t end, int page_tokens) {
   DecodePart part{plan.items[begin], int32_t(begin), int32_t(end), 0, {}};
   for (size_t i = begin; i < end; ++i) part.tiles += plan.items[i].tile_end - plan.items[i].tile_begin;
@@ -50,14 +81,12 @@ DecodePart part_of(const DecodePlan& plan, size_t begin, size_t end, int page_to
 
 DecodePlan plan_decode(Spans spans, bool causal, int n_h, int page_tokens, int processors, DecodeCosts costs) {
   DecodePlan plan;
-  int64_t cost = 0;
   std::vector<DecodeItem> wholes;
   for (const Span& s : spans) {
     DecodeItem item = whole_item(s, causal, n_h);
     item.table = int32_t(plan.pages.size());
     plan.pages.insert(plan.pages.end(), s.pages, s.pages + ceil_div(s.kv_count, page_tokens));
     plan.most_rows = std::max(plan.most_rows, item.rows);
-    cost += item.tile_end + costs.item;
     wholes.push_back(item);
   }
   plan.row_blocks = std::max(1, ceil_div(plan.most_rows, block_rows));
@@ -65,42 +94,32 @@ DecodePlan plan_decode(Spans spans, bool causal, int n_h, int page_tokens, int p
   int longest = 0;
   for (const DecodeItem& w : wholes) longest = std::max(longest, w.tile_end);
   if (longest <= costs.few_tiles) costs.fewest_tiles = 1;
-  int capacity = costs.item + std::max(costs.fewest_tiles, ceil_div(cost, parts));  // each part may split one
+  int capacity = capacity_split(wholes, parts, costs);
   const int64_t unsplit = cost_unsplit(wholes, parts, costs.item);
   const bool split = unsplit > capacity + costs.merge;
   if (!split) capacity = int(unsplit);
-  int room = capacity;
   size_t begin = 0;
-  for (const DecodeItem& whole : wholes) {
-    const size_t first = plan.items.size();
-    DecodeItem item = whole;
-    do {
-      // The last part takes what is left, a part nearly full nothing more.
-      bool last = int(plan.parts.size()) + 1 == parts;
-      const int least = costs.item + (split ? std::min(costs.fewest_tiles, whole.tile_end - item.tile_begin) : whole.tile_end);
-      if (!last && room < least && room < capacity) {
-        plan.parts.push_back(part_of(plan, begin, plan.items.size(), page_tokens));
-        begin = plan.items.size(), room = capacity;
-        last = int(plan.parts.size()) + 1 == parts;
-      }
-      const int left = whole.tile_end - item.tile_begin;
-      const int tiles = last ? left : std::min(left, std::max(1, room - costs.item));
-      item.tile_end = item.tile_begin + tiles;
-      plan.items.push_back(item);
-      item.tile_begin = item.tile_end;
-      room -= tiles + costs.item;
-    } while (item.tile_begin < whole.tile_end);
-    const int pieces = int(plan.items.size() - first);
+  auto close = [&] {
+    plan.parts.push_back(part_of(plan, begin, plan.items.size(), page_tokens));
+    begin = plan.items.size();
+  };
+  share_out(wholes, capacity, split, parts, costs, close, [&](const DecodeItem& whole, int from, int tiles) {
+    plan.items.push_back(whole);
+    plan.items.back().tile_begin = from, plan.items.back().tile_end = from + tiles;
+  });
+  if (begin < plan.items.size()) close();
+  for (size_t i = 0, end; i < plan.items.size(); i = end) {
+    for (end = i + 1; end < plan.items.size() && plan.items[end].tile_begin > 0; ++end) {}  // a sequence's other runs
+    const int pieces = int(end - i);
     if (pieces == 1) continue;
-    plan.merges.push_back({whole.start, whole.rows, plan.slots, pieces});
-    for (int i = 0; i < pieces; ++i) {
-      DecodeItem& piece = plan.items[first + size_t(i)];
-      piece.slot = plan.slots, piece.piece = i, piece.pieces = pieces;
+    plan.merges.push_back({plan.items[i].start, plan.items[i].rows, plan.slots, pieces});
+    for (int piece = 0; piece < pieces; ++piece) {
+      DecodeItem& item = plan.items[i + size_t(piece)];
+      item.slot = plan.slots, item.piece = piece, item.pieces = pieces;
     }
     plan.slots += pieces;
     plan.most_pieces = std::max(plan.most_pieces, pieces);
   }
-  if (begin < plan.items.size()) plan.parts.push_back(part_of(plan, begin, plan.items.size(), page_tokens));
   // Slots were given after some parts had copied their first items.
   for (DecodePart& part : plan.parts) part.first = plan.items[size_t(part.begin)];
   return plan;

@@ -43,5 +43,30 @@ TEST(DecodePlan, CoversEveryTileOnceInPartsOfEqualCost) {
       }
 }
 
+TEST(DecodePlan, SharesOutAsEvenlyAsPiecesAllow) {
+  const std::vector<int32_t> pages(512, 0);
+  const struct {
+    int heads, batch, length, most_tiles;
+  } cases[] = {{16, 64, 8192, 63}, {16, 64, 1024, 8}, {16, 16, 1024, 2}, {128, 16, 1024, 4}, {128, 4, 1024, 1}, {16, 1, 64, 1}};
+  for (const auto& c : cases) {
+    std::vector<Span> spans;
+    for (int i = 0; i < c.batch; ++i) spans.push_back({i, 1, c.length - 1, 0, c.length, pages.data()});
+    const DecodePlan plan = plan_decode(spans, true, c.heads, 64, 132);
+    int most = 0;
+    for (const DecodePart& part : plan.parts) most = std::max(most, int(part.tiles));
+    EXPECT_EQ(most, c.most_tiles) << c.heads << " heads, " << c.batch << " sequences of " << c.length;
+  }
+}
+
+// A sequence without queries begins where the next does, and is none of its pieces.
+TEST(DecodePlan, KeepsSequencesWithoutQueriesApart) {
+  const std::vector<int32_t> pages(64, 0);
+  const std::vector<Span> spans = {{0, 0, 100, 0, 100, pages.data()}, {0, 1, 4095, 0, 4096, pages.data()}};
+  const DecodePlan plan = plan_decode(spans, true, 16, 64, 8);
+  ASSERT_EQ(plan.merges.size(), 1u);
+  EXPECT_EQ(plan.merges[0].pieces, plan.slots);
+  EXPECT_EQ(plan.items[0].slot, -1);
+}
+
 }  // namespace
 }  // namespace mla::cuda
