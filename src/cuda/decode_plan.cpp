@@ -57,14 +57,16 @@ int share_out(const std::vector<DecodeItem>& wholes, int capacity, bool split, i
   return used;
 }
 
-// The least that parts may cost if sequences are split, at most what they cost if each splits one.
+// The least that parts may cost if sequences are split, at most what they cost if each splits one. Less by a few percent is not worth the
+// pieces it takes.
 int capacity_split(const std::vector<DecodeItem>& wholes, int parts, const DecodeCosts& costs) {
+  constexpr double worth = 0.95;
   int64_t tiles = 0;
   for (const DecodeItem& w : wholes) tiles += w.tile_end;
   auto capacity = [&](int64_t cost) { return costs.item + std::max(costs.fewest_tiles, ceil_div(cost, parts)); };
   const int most = capacity(tiles + int64_t(wholes.size()) * costs.item);
   auto nothing = [](auto...) {};
-  for (int c = capacity(tiles); c < most; ++c)
+  for (int c = capacity(tiles); c <= int(worth * most); ++c)
     if (share_out(wholes, c, true, std::numeric_limits<int>::max(), costs, nothing, nothing) <= parts) return c;
   return most;
 }

@@ -47,7 +47,7 @@ TEST(DecodePlan, SharesOutAsEvenlyAsPiecesAllow) {
   const std::vector<int32_t> pages(512, 0);
   const struct {
     int heads, batch, length, most_tiles;
-  } cases[] = {{16, 64, 8192, 63}, {16, 64, 1024, 8}, {16, 16, 1024, 2}, {128, 16, 1024, 4}, {128, 4, 1024, 1}, {16, 1, 64, 1}};
+  } cases[] = {{16, 64, 8192, 64}, {16, 64, 1024, 8}, {16, 16, 1024, 2}, {128, 16, 1024, 4}, {128, 4, 1024, 1}, {16, 1, 64, 1}};
   for (const auto& c : cases) {
     std::vector<Span> spans;
     for (int i = 0; i < c.batch; ++i) spans.push_back({i, 1, c.length - 1, 0, c.length, pages.data()});
