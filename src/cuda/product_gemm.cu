@@ -169,13 +169,14 @@ __global__ void __launch_bounds__(threads, GemmShape<Tile, Gated>::blocks)
   for (int i = 0; i < steps; ++i) {
     const int slot = i % S::steps;
     barrier_wait(&full[slot], i / S::steps & 1);
-    const uint32_t w = shared_address(gemm_memory + slot * S::step_bytes) + uint32_t(group * 64 * 128),
-                   x = shared_address(gemm_memory + slot * S::step_bytes + S::step_bytes - S::row_bytes);
+    const uint8_t* step = gemm_memory + slot * S::step_bytes;
+    const uint64_t w = wgmma_operand(shared_address(step) + uint32_t(group * 64 * 128)),
+                   x = wgmma_operand(shared_address(step + S::step_bytes - S::row_bytes));
     wgmma_begin();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      wgmma<false>(c, wgmma_operand(w + k * 32), wgmma_operand(x + k * 32), i > 0 || k > 0);
-      if constexpr (Gated) wgmma<false>(up, wgmma_operand(w + S::weight_bytes + k * 32), wgmma_operand(x + k * 32), i > 0 || k > 0);
+      wgmma<false>(c, wgmma_behind(w, k * 32), wgmma_behind(x, k * 32), i > 0 || k > 0);
+      if constexpr (Gated) wgmma<false>(up, wgmma_behind(w, S::weight_bytes + k * 32), wgmma_behind(x, k * 32), i > 0 || k > 0);
     }
     wgmma_commit();
     // The step before is done with when this one has begun.
