@@ -42,7 +42,7 @@ struct DecodeCall {
   void* scratch;  // decode_scratch_bytes
 };
 
-// Partial results of split sequences; of a plan, on either side, its slots and most_rows.
+// Of the partial results of split sequences; slots and most_rows are a plan's.
 size_t decode_scratch_bytes(int slots, int most_rows, int d_v);
 
 // Whether the Hopper kernel has this cache's shape.

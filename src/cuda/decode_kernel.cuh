@@ -376,8 +376,7 @@ __global__ void __launch_bounds__(decode_threads, 1)
     init_barriers<S>();
   }
   __syncthreads();
-  start_next_kernel();
-  wait_previous_kernel();  // queries and cache rows are there
+  begin_kernel(true);  // queries and cache rows are there
 
   const int group = __shfl_sync(~0u, int(threadIdx.x) / 128, 0);
   if (group == 2) {

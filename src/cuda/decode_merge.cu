@@ -7,13 +7,11 @@
 namespace mla::cuda {
 namespace {
 
-constexpr int most_warps = 8;  // of a block
+constexpr int most_warps = MergeShape::most_warps, o_bytes = MergeShape::o_bytes, lse_bytes = MergeShape::lse_bytes;
 
 extern __shared__ __align__(128) uint8_t merge_memory[];
 
-constexpr int piece_bytes = 32 * sizeof(uint4), lse_bytes = slab_rows * sizeof(float);  // of one piece, 16 rows and 16 columns
-
-// 2^(lse - top), nothing for rows of no pieces.
+// 2^(lse - top); nothing for rows that see no row of the cache in any piece.
 __device__ float weight_of(float lse, float top) { return top == -INFINITY ? 0 : fast_exp2(lse - top); }
 
 __device__ void add_weighted(float2& sum, float weight, uint32_t pair) {
@@ -48,16 +46,16 @@ __device__ void join_pieces(const uint4* o, const float* lse, int pieces, Shares
   for (int r = 0; r < 2 && lane % 4 == 0; ++r) shares.top[warp][lane / 4 + 8 * r] = top[r], shares.total[warp][lane / 4 + 8 * r] = total[r];
 }
 
-// Joins the shares of `teams` warps, from `warp` on, for the i-th pair of a lane; divides and stores.
-__device__ void join_shares(const Shares& shares, int warp, int teams, int i, const DecodeCall& call, const DecodeMerge& merge, int slab,
+// Joins the shares of a team's warps, from `warp` on, for the i-th pair of a lane; divides and stores.
+__device__ void join_shares(const Shares& shares, int warp, int team, int i, const DecodeCall& call, const DecodeMerge& merge, int slab,
                             int sixteen) {
   const int lane = int(threadIdx.x) & 31, row = lane / 4 + i / 2 * 8, at_row = slab * slab_rows + row;
   float top = -INFINITY, total = 0;
   float2 sum{};
 #pragma unroll 4
-  for (int t = 0; t < teams; ++t) top = fmaxf(top, shares.top[warp + t][row]);
+  for (int t = 0; t < team; ++t) top = fmaxf(top, shares.top[warp + t][row]);
 #pragma unroll 2
-  for (int t = 0; t < teams; ++t) {
+  for (int t = 0; t < team; ++t) {
     const float w = weight_of(shares.top[warp + t][row], top);
     const float2 x = shares.sum[warp + t][i][lane];
     total += w * shares.total[warp + t][row], sum.x += w * x.x, sum.y += w * x.y;
@@ -73,14 +71,13 @@ __device__ void join_shares(const Shares& shares, int warp, int teams, int i, co
   if (sixteen == 0 && i % 2 == 0 && lane % 4 == 0) call.lse[place] = total > 0 ? (top + log2f(total)) * ln_2 : -INFINITY;
 }
 
-// Blocks: some sixteens of columns, the merges, the slabs. `teams` neighbouring warps share 16 columns, each with some of the pieces, which
-// it fetches for itself.
-__global__ void __launch_bounds__(32 * most_warps) merge_kernel(const DecodeCall call, const DecodePartials partial, int teams) {
+// Blocks: some sixteens of columns, the merges, the slabs. Every warp fetches its pieces for itself.
+__global__ void __launch_bounds__(32 * most_warps) merge_kernel(const DecodeCall call, const DecodePartials partial, int team) {
   __shared__ uint64_t here[most_warps];
   __shared__ Shares shares;
   const DecodeMerge merge = call.plan.merge[blockIdx.y];  // the plan is older than the kernel that is waited for
   const int warps = int(blockDim.x) / 32, warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) & 31, slab = int(blockIdx.z);
-  const int first = int(blockIdx.x) * (warps / teams), each = (merge.pieces + teams - 1) / teams, begin = warp % teams * each;
+  const int first = int(blockIdx.x) * (warps / team), each = (merge.pieces + team - 1) / team, begin = warp % team * each;
   const int pieces = max(0, min(each, merge.pieces - begin));
   if (lane == 0) {
     barrier_init(&here[warp], 1);
@@ -89,20 +86,19 @@ __global__ void __launch_bounds__(32 * most_warps) merge_kernel(const DecodeCall
   __syncwarp();
   begin_kernel(true);
   if (slab * slab_rows >= merge.rows) return;
-  uint8_t* o = merge_memory + warp * each * (piece_bytes + lse_bytes);
-  auto* lse = reinterpret_cast<float*>(o + each * piece_bytes);
+  uint8_t* o = merge_memory + warp * each * (o_bytes + lse_bytes);
+  auto* lse = reinterpret_cast<float*>(o + each * o_bytes);
   if (lane == 0 && pieces > 0) {
-    const int sixteen = first + warp / teams, d_v = call.kv.format.layout.d_v;
-    barrier_expect(&here[warp], pieces * (piece_bytes + lse_bytes));
+    const int sixteen = first + warp / team, d_v = call.kv.format.layout.d_v;
+    barrier_expect(&here[warp], pieces * (o_bytes + lse_bytes));
     copy_bytes(lse, partial.lse + partial_lse_at(call.plan, merge.slot, begin, merge.pieces, slab), pieces * lse_bytes, &here[warp]);
-    copy_bytes(o, partial.o + partial_at(call.plan, merge.slot, begin, merge.pieces, slab, sixteen, d_v), pieces * piece_bytes,
-               &here[warp]);
+    copy_bytes(o, partial.o + partial_at(call.plan, merge.slot, begin, merge.pieces, slab, sixteen, d_v), pieces * o_bytes, &here[warp]);
   }
   if (pieces > 0) barrier_wait(&here[warp], 0);
   join_pieces(reinterpret_cast<const uint4*>(o) + lane, lse + lane / 4, pieces, shares);
   __syncthreads();
-  for (int job = warp; job < warps / teams * 4; job += warps)
-    join_shares(shares, job / 4 * teams, teams, job % 4, call, merge, slab, first + job / 4);
+  for (int job = warp; job < warps / team * 4; job += warps)
+    join_shares(shares, job / 4 * team, team, job % 4, call, merge, slab, first + job / 4);
 }
 
 }  // namespace
@@ -114,23 +110,14 @@ size_t decode_scratch_bytes(int slots, int most_rows, int d_v) {
 void merge_decode(const DecodeCall& call, DecodePartials partial, int d_v, cudaStream_t stream) {
   const DeviceDecodePlan& plan = call.plan;
   constexpr int processors = 132;  // of Hopper's larger GPUs; others take their blocks in other rounds
-  const int slabs = slabs_of(plan.most_rows), sixteens = d_v / 16, alone = plan.merges * slabs * sixteens;  // warps without teams
-  // A warp has few pieces as long as all warps have a place at once.
-  constexpr int few = 4, places = 2 * processors * most_warps;
-  int teams = 1;
-  while (teams < most_warps && few * teams < plan.most_pieces && 2 * teams * alone <= places) teams *= 2;
-  auto blocks = [&](int warps) { return alone * teams / warps; };
-  int warps = most_warps;  // fewer if there would be multiprocessors without
-  while (warps > teams && (blocks(warps) < processors || warps > teams * sixteens)) warps /= 2;
-  const int bytes = warps * ((plan.most_pieces + teams - 1) / teams) * (piece_bytes + lse_bytes);
-  constexpr int most_bytes = 200 << 10;
-  require(bytes <= most_bytes, "more pieces than a merge takes");
+  const MergeShape shape = merge_shape(plan.merges, plan.most_pieces, plan.most_rows, d_v, processors);
+  require(shape.bytes() <= MergeShape::most_bytes, "more pieces than a merge takes");
   // So much memory that they do not crowd on the multiprocessors that are idle first.
-  const int rounds = std::clamp((blocks(warps) + processors - 1) / processors, 1, 3), room = (220 << 10) / rounds - (16 << 10);
+  const int rounds = std::clamp((shape.blocks + processors - 1) / processors, 1, 3), room = (220 << 10) / rounds - (16 << 10);
   // The division of memory that the decode kernel left, so that no multiprocessor waits to be divided anew.
   check(cudaFuncSetAttribute(merge_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-  launch(merge_kernel, dim3(unsigned(sixteens * teams / warps), unsigned(plan.merges), unsigned(slabs)), dim3(unsigned(32 * warps)),
-         size_t(std::max(room, bytes)), stream, call, partial, teams);
+  launch(merge_kernel, dim3(unsigned(d_v / 16 * shape.team / shape.warps), unsigned(plan.merges), unsigned(slabs_of(plan.most_rows))),
+         dim3(unsigned(32 * shape.warps)), size_t(std::max(room, shape.bytes())), stream, call, partial, shape.team);
 }
 
 }  // namespace mla::cuda

@@ -166,7 +166,7 @@ struct NarrowWarp {
     const auto* from = static_cast<const __nv_bfloat16*>(call.q) + int64_t(item.start) * call.n_h * S::d_k;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const __nv_bfloat16* row = from + min(g + 8 * i, item.rows - 1) * S::d_k;
+      const __nv_bfloat16* row = from + max(0, min(g + 8 * i, item.rows - 1)) * S::d_k;
       if constexpr (Codes)
         load_query_f16(row, i);
       else
@@ -503,8 +503,7 @@ __global__ void __launch_bounds__(narrow_threads, 1)
     barrier_init_done();
   }
   __syncthreads();
-  start_next_kernel();
-  wait_previous_kernel();  // queries and cache rows are there
+  begin_kernel(true);  // queries and cache rows are there
 
   if (threadIdx.x >= 32 * narrow_warps) {
     NarrowLoader<Codes> loader(&kv_map, call, streams_by(part.tiles, S::stage_bytes * S::tile_stages));

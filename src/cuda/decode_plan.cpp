@@ -127,4 +127,18 @@ DecodePlan plan_decode(Spans spans, bool causal, int n_h, int page_tokens, int p
   return plan;
 }
 
+MergeShape merge_shape(int merges, int most_pieces, int most_rows, int d_v, int processors) {
+  constexpr int few = 4;  // pieces, as long as all warps have a place at once
+  const int sixteens = d_v / 16, tasks = merges * ceil_div(most_rows, slab_rows) * sixteens,
+            places = 2 * processors * MergeShape::most_warps;
+  MergeShape s{1, MergeShape::most_warps, 0, most_pieces};
+  while (s.team < MergeShape::most_warps && few * s.team < most_pieces && 2 * s.team * tasks <= places) s.team *= 2;
+  s.share = ceil_div(most_pieces, s.team);
+  auto blocks = [&] { return tasks * s.team / s.warps; };
+  // Fewer warps if there would be multiprocessors without, or if a block would be too large.
+  while (s.warps > s.team && (blocks() < processors || s.warps > s.team * sixteens || s.bytes() > MergeShape::most_bytes)) s.warps /= 2;
+  s.blocks = blocks();
+  return s;
+}
+
 }  // namespace mla::cuda

@@ -41,7 +41,7 @@ struct DecodeMerge {
 struct DecodePlan {
   int row_blocks = 1;              // blocks of 64 rows that the longest sequence of queries needs; all go through the same items
   int slots = 0, most_pieces = 0;  // partial results; most of one sequence
-  int most_rows = 0;
+  int most_rows = 0;               // queries × heads of a sequence
   std::vector<DecodePart> parts;
   std::vector<DecodeItem> items;
   std::vector<DecodeMerge> merges;
@@ -50,12 +50,24 @@ struct DecodePlan {
 
 struct DecodeCosts {
   int item = 2;          // what an item costs beside its tiles, in tiles: queries in, results out, partial results to merge
-  int fewest_tiles = 2;  // of a piece, unless no sequence has more than
-  int few_tiles = 32;    // these, which make few pieces in any case
-  int merge = 6;         // splitting at all
+  int fewest_tiles = 2;  // of a piece; 1 where no sequence has more than few_tiles, which make few pieces in any case
+  int few_tiles = 32;
+  int merge = 6;  // splitting at all
 };
 
 // Spans of a whole cache (kv_position 0 or a tile), causal or not, for n_h heads on `processors` multiprocessors.
 DecodePlan plan_decode(Spans spans, bool causal, int n_h, int page_tokens, int processors, DecodeCosts costs = {});
+
+// How a kernel joins the pieces of split sequences: a warp takes 16 rows and 16 columns of a sequence, or a team of neighbouring warps,
+// each with its share of the pieces. Blocks of `warps` warps, a multiple of a team, for each merge, 16 rows and some columns.
+struct MergeShape {
+  static constexpr int most_warps = 8, most_bytes = 100 << 10;                   // of a block; two fit a multiprocessor
+  static constexpr int o_bytes = slab_rows * 16 * 2, lse_bytes = slab_rows * 4;  // of one piece
+  int team, warps, blocks;                                                       // blocks in all
+  int share;                                                                     // pieces of a warp at most
+  int bytes() const { return warps * share * (o_bytes + lse_bytes); }
+};
+
+MergeShape merge_shape(int merges, int most_pieces, int most_rows, int d_v, int processors);
 
 }  // namespace mla::cuda

@@ -1,4 +1,4 @@
-// The pointwise parts of absorbed decode: masks, the running softmax, and where results go.
+// The pointwise parts of absorbed decode: masks, the running softmax, where results go, and what the second-level cache keeps.
 #pragma once
 
 #include "cuda/decode.h"
@@ -37,8 +37,9 @@ __device__ inline int64_t partial_lse_at(const DeviceDecodePlan& plan, const Dec
   return partial_lse_at(plan, item.slot, item.piece, item.pieces, slab);
 }
 
-// Whether the copies of a cache's rows, which nobody reads again soon, should be the first to leave the second-level cache: they spare what
-// others left there, unless so much comes that it leaves anyway. Then the copies are slower for it.
+// Whether the copies of a cache's rows, which no later kernel of the step reads, should be the first to leave the second-level cache: they
+// spare what others left there, unless so much comes that it leaves anyway. Then the copies are slower for it. A part takes all to be as
+// large as itself.
 __device__ inline bool streams_by(int tiles, int tile_bytes) {
   constexpr int64_t most_bytes = int64_t(240) << 20;  // five times the cache
   return int64_t(tiles) * gridDim.y * tile_bytes <= most_bytes;

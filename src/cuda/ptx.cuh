@@ -44,8 +44,6 @@ __device__ inline void named_arrive(int id, int threads) { asm volatile("bar.arr
 
 // Makes ordinary writes to shared memory visible to matrix products and the copy engine; every writer calls it before its barrier.
 __device__ inline void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// The same for global memory, on the side that reads by the copy engine what others wrote by ordinary stores.
-__device__ inline void publish_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // Copies the box of `map` at (x, y, z) to shared memory and tells the barrier its bytes.
 __device__ inline void copy_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z) {
@@ -74,7 +72,8 @@ __device__ inline void copy_bytes(void* to, const void* from, int bytes, uint64_
                "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
                : "memory");
 }
-// By which what is read is the first to go again, or has the place in the order that it had.
+// By which what is read is the first to go again; or keeps its place in the order, as without a policy (evict_normal is slower for shared
+// tiles).
 __device__ inline uint64_t cache_policy(bool first_to_go) {
   uint64_t first, same;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));

@@ -22,7 +22,7 @@ __device__ inline uint64_t wgmma_operand(uint32_t address, uint32_t lead = 0) {
 
 // The operand that lies `bytes` behind, in the same shared memory: one addition, which the products need not wait for.
 __device__ inline uint64_t wgmma_behind(uint64_t operand, uint32_t bytes) {
-  return operand & ~uint64_t(0xffffffff) | uint32_t(operand) + (bytes >> 4);
+  return (operand & ~uint64_t(0xffffffff)) | (uint32_t(operand) + (bytes >> 4));
 }
 
 // d += A B. Across: B lies in memory as [K, N] with N contiguous, else as [N, K]. A is in shared memory (a descriptor) or in registers

@@ -68,5 +68,20 @@ TEST(DecodePlan, KeepsSequencesWithoutQueriesApart) {
   EXPECT_EQ(plan.items[0].slot, -1);
 }
 
+// Few pieces of many sequences or many of one: blocks fit their memory and share the work evenly.
+TEST(DecodePlan, MergesFitAMultiprocessor) {
+  for (const int d_v : {512, 128, 64})
+    for (const int rows : {1, 16, 17, 64, 128, 512})
+      for (int merges = 1; merges < 132; ++merges)
+        for (int pieces = 2; pieces <= 132; ++pieces) {
+          const MergeShape s = merge_shape(merges, pieces, rows, d_v, 132);
+          ASSERT_LE(s.bytes(), MergeShape::most_bytes) << merges << " merges of " << pieces << " pieces, " << rows << " rows";
+          ASSERT_GE(s.share * s.team, pieces);
+          ASSERT_EQ(s.warps % s.team, 0);
+          ASSERT_EQ(d_v / 16 * s.team % s.warps, 0);
+          ASSERT_EQ(s.blocks, merges * ((rows + 15) / 16) * (d_v / 16 * s.team / s.warps));
+        }
+}
+
 }  // namespace
 }  // namespace mla::cuda
