@@ -5,20 +5,7 @@ columns, the second-level cache flushed before each of 30 runs, whose median cou
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-
-def time_us(work):
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    times = []
-    for i in range(33):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.fill_(i)
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(1000 * begin.elapsed_time(end))
-    return sorted(times[3:])[15]
-
+from timing import time_us
 
 print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
 print("heads cache  d_k  d_v  tokens |       µs TFLOP/s")

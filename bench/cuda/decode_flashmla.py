@@ -11,6 +11,8 @@ import sys
 
 import torch
 
+from timing import time_us
+
 if len(sys.argv) != 2:
     sys.exit(__doc__)
 torch.ops.load_library(sys.argv[1])
@@ -27,22 +29,8 @@ def draw(*shape):
     return (torch.randn(shape, device="cuda") / 10).clamp(-1, 1).bfloat16()
 
 
-def time_us(work):
-    times = []
-    for i in range(33):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.fill_(i)
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(1000 * begin.elapsed_time(end))
-    return sorted(times[3:])[15]
-
-
 pages = max(batch * context for _, batch, _, context in shapes) // page
 cache = torch.cat([draw(min(2048, pages - i), page, 1, d_k) for i in range(0, pages, 2048)])
-flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
 order = torch.randperm(pages, device="cuda").int()
 print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
 print("heads batch  q context |      µs | error of the last sequence")
