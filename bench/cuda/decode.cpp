@@ -190,7 +190,7 @@ int run(bool f8, const std::string& wanted, DecodeCosts costs) {
 int main(int argc, char** argv) try {
   mla::cuda::DecodeCosts costs;
   if (argc > 3) costs.item = std::atoi(argv[3]);
-  if (argc > 4) costs.fewest_tiles = std::atoi(argv[4]);
+  if (argc > 4) costs.fewest_tiles = std::atoi(argv[4]), costs.few_tiles = 0;
   return mla::cuda::run(argc > 1 && argv[1] == std::string("fp8"), argc > 2 ? argv[2] : "", costs);
 } catch (const mla::Error& e) {
   fmt::print(stderr, "{}\n", e.what());

@@ -325,17 +325,18 @@ __device__ void store_rows(const DecodeGroup<S>& g, const DecodeArguments& a, co
     const int row = g.row + 8 * i;
     const float sum = share[0][row] + share[1][row], lse = sum > 0 ? m[i] + log2f(sum) : -INFINITY;
     scale[i] = sum > 0 ? 1 / sum : 0;
-    if (g.group != 0 || (g.lane & 3) != 0 || first + row >= item.rows) continue;
     const int place = first + row;
+    if (g.group != 0 || (g.lane & 3) != 0 || place >= item.rows) continue;
     if (item.slot < 0)
       a.call.lse[int64_t(item.start) * a.call.n_h + place] = lse * ln_2;
     else
-      a.partial.lse[partial_lse_at(a.call.plan, item, place / slab_rows) + place % slab_rows] = lse;
+      a.partial.lse[partial_lse_at(a.call.plan, item, item.piece, place / slab_rows) + place % slab_rows] = lse;
   }
   if (item.slot < 0) return store_whole(g, a.call, item, first, o, scale);
-  if (first + g.warp * 16 >= item.rows) return;
-  const int slab = first / slab_rows + g.warp, sixteen = g.group * S::columns / 16;
-  uint4* to = a.partial.o + partial_at(a.call.plan, item, slab, sixteen, S::values) + g.lane;
+  const int slab = first / slab_rows + g.warp;
+  if (slab * slab_rows >= item.rows) return;
+  const int sixteen = g.group * S::columns / 16;
+  uint4* to = a.partial.o + partial_at(a.call.plan, item, item.piece, slab, sixteen, S::values) + g.lane;
 #pragma unroll
   for (int j = 0; j < S::registers; j += 8, to += item.pieces * 32)
     *to = {bf16_pair(o[j] * scale[0], o[j + 1] * scale[0]), bf16_pair(o[j + 4] * scale[0], o[j + 5] * scale[0]),
@@ -382,7 +383,7 @@ __global__ void __launch_bounds__(decode_threads, 1)
   if (group == 2) {
     give_registers<S::loader_registers>();
     const int warp = int(threadIdx.x) / 32 - 8;
-    DecodeLoader<S> loader(&q_map, &kv_map, a.call, gridDim.x <= 2 && streams_by(part.tiles, S::tile_bytes));
+    DecodeLoader<S> loader(&q_map, &kv_map, a.call, streams_by(part.tiles, S::tile_bytes));
     if (!S::codes && warp == 1) loader.q_parity = 0;
     [[maybe_unused]] CodeLoader<S> codes(a.call);
     bool early = true;  // the first queries go before the first tiles, later ones beside them

@@ -11,11 +11,8 @@ constexpr int most_warps = MergeShape::most_warps, o_bytes = MergeShape::o_bytes
 
 extern __shared__ __align__(128) uint8_t merge_memory[];
 
-// 2^(lse - top); nothing for rows that see no row of the cache in any piece.
-__device__ float weight_of(float lse, float top) { return top == -INFINITY ? 0 : fast_exp2(lse - top); }
-
 __device__ void add_weighted(float2& sum, float weight, uint32_t pair) {
-  const float2 x = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+  const float2 x = widen_pair(pair);
   sum.x += weight * x.x, sum.y += weight * x.y;
 }
 
@@ -37,7 +34,7 @@ __device__ void join_pieces(const uint4* o, const float* lse, int pieces, Shares
 #pragma unroll 2
   for (int i = 0; i < pieces; ++i) {
     const uint4 x = o[i * 32];
-    const float upper = weight_of(lse[i * slab_rows], top[0]), lower = weight_of(lse[i * slab_rows + 8], top[1]);
+    const float upper = rescale(lse[i * slab_rows], top[0]), lower = rescale(lse[i * slab_rows + 8], top[1]);
     total[0] += upper, total[1] += lower;
     add_weighted(sum[0], upper, x.x), add_weighted(sum[1], upper, x.y), add_weighted(sum[2], lower, x.z), add_weighted(sum[3], lower, x.w);
   }
@@ -56,7 +53,7 @@ __device__ void join_shares(const Shares& shares, int warp, int team, int i, con
   for (int t = 0; t < team; ++t) top = fmaxf(top, shares.top[warp + t][row]);
 #pragma unroll 2
   for (int t = 0; t < team; ++t) {
-    const float w = weight_of(shares.top[warp + t][row], top);
+    const float w = rescale(shares.top[warp + t][row], top);
     const float2 x = shares.sum[warp + t][i][lane];
     total += w * shares.total[warp + t][row], sum.x += w * x.x, sum.y += w * x.y;
   }
@@ -91,8 +88,8 @@ __global__ void __launch_bounds__(32 * most_warps) merge_kernel(const DecodeCall
   if (lane == 0 && pieces > 0) {
     const int sixteen = first + warp / team, d_v = call.kv.format.layout.d_v;
     barrier_expect(&here[warp], pieces * (o_bytes + lse_bytes));
-    copy_bytes(lse, partial.lse + partial_lse_at(call.plan, merge.slot, begin, merge.pieces, slab), pieces * lse_bytes, &here[warp]);
-    copy_bytes(o, partial.o + partial_at(call.plan, merge.slot, begin, merge.pieces, slab, sixteen, d_v), pieces * o_bytes, &here[warp]);
+    copy_bytes(lse, partial.lse + partial_lse_at(call.plan, merge, begin, slab), pieces * lse_bytes, &here[warp]);
+    copy_bytes(o, partial.o + partial_at(call.plan, merge, begin, slab, sixteen, d_v), pieces * o_bytes, &here[warp]);
   }
   if (pieces > 0) barrier_wait(&here[warp], 0);
   join_pieces(reinterpret_cast<const uint4*>(o) + lane, lse + lane / 4, pieces, shares);

@@ -195,7 +195,7 @@ struct NarrowWarp {
       const uint32_t word[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float2 y = x[4 * j + k] = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&word[k]));
+        const float2 y = x[4 * j + k] = widen_pair(word[k]);
         most = fmaxf(most, fmaxf(fabsf(y.x), fabsf(y.y)));
       }
     }
@@ -463,7 +463,7 @@ struct NarrowWarp {
       sums[row] = l;
       const float lse = l > 0 ? m - S::lift + log2f(l) : -INFINITY;
       if (row < item.rows && item.slot < 0) call.lse[int64_t(item.start) * call.n_h + row] = lse * ln_2;
-      if (row < item.rows && item.slot >= 0) partial.lse[partial_lse_at(call.plan, item, 0) + row] = lse;
+      if (row < item.rows && item.slot >= 0) partial.lse[partial_lse_at(call.plan, item, item.piece, 0) + row] = lse;
     }
     sync();
 #pragma unroll
@@ -474,7 +474,7 @@ struct NarrowWarp {
     }
     if constexpr (Codes) place_columns();
     if (item.slot < 0) return store_whole(call, item);
-    uint4* to = partial.o + partial_at(call.plan, item, 0, warp * 4, S::d_v) + lane;
+    uint4* to = partial.o + partial_at(call.plan, item, item.piece, 0, warp * 4, S::d_v) + lane;
 #pragma unroll
     for (int j = 0; j < 8; j += 2, to += item.pieces * 32)
       *to = {bf16_pair(o[j][0], o[j][1]), bf16_pair(o[j + 1][0], o[j + 1][1]), bf16_pair(o[j][2], o[j][3]),

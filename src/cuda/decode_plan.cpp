@@ -17,28 +17,6 @@ DecodeItem whole_item(const Span& s, bool causal, int n_h) {
   return item;
 }
 
-// The least that the costliest of `parts` runs of whole sequences costs.
-int64_t cost_unsplit(const std::vector<DecodeItem>& wholes, int parts, int item_cost) {
-  int64_t low = 0, high = 0;
-  for (const DecodeItem& w : wholes) low = std::max<int64_t>(low, w.tile_end + item_cost), high += w.tile_end + item_cost;
-  auto fits = [&](int64_t capacity) {
-    int64_t used = 1, room = capacity;
-    for (const DecodeItem& w : wholes) {
-      if (room < w.tile_end + item_cost) ++used, room = capacity;
-      room -= w.tile_end + item_cost;
-    }
-    return used <= parts;
-  };
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (fits(middle))
-      high = middle;
-    else
-      low = middle + 1;
-  }
-  return low;
-}
-
 // Goes through the sequences in runs of tiles: `run(whole, first tile, tiles)` for each, `close()` where a part is full, that is, costs
 // `capacity`. The last of `parts` takes what is left, a part nearly full nothing more. Returns how many parts were used.
 template <class Close, class Run>
@@ -57,6 +35,25 @@ int share_out(const std::vector<DecodeItem>& wholes, int capacity, bool split, i
   return used;
 }
 
+int parts_used(const std::vector<DecodeItem>& wholes, int capacity, bool split, const DecodeCosts& costs) {
+  auto nothing = [](auto...) {};
+  return share_out(wholes, capacity, split, std::numeric_limits<int>::max(), costs, nothing, nothing);
+}
+
+// The least that the costliest of `parts` runs of whole sequences costs.
+int capacity_whole(const std::vector<DecodeItem>& wholes, int parts, const DecodeCosts& costs) {
+  int low = 0, high = 0;
+  for (const DecodeItem& w : wholes) low = std::max(low, w.tile_end + costs.item), high += w.tile_end + costs.item;
+  while (low < high) {
+    const int middle = low + (high - low) / 2;
+    if (parts_used(wholes, middle, false, costs) <= parts)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  return low;
+}
+
 // The least that parts may cost if sequences are split, at most what they cost if each splits one. Less by a few percent is not worth the
 // pieces it takes.
 int capacity_split(const std::vector<DecodeItem>& wholes, int parts, const DecodeCosts& costs) {
@@ -65,9 +62,8 @@ int capacity_split(const std::vector<DecodeItem>& wholes, int parts, const Decod
   for (const DecodeItem& w : wholes) tiles += w.tile_end;
   auto capacity = [&](int64_t cost) { return costs.item + std::max(costs.fewest_tiles, ceil_div(cost, parts)); };
   const int most = capacity(tiles + int64_t(wholes.size()) * costs.item);
-  auto nothing = [](auto...) {};
   for (int c = capacity(tiles); c <= int(worth * most); ++c)
-    if (share_out(wholes, c, true, std::numeric_limits<int>::max(), costs, nothing, nothing) <= parts) return c;
+    if (parts_used(wholes, c, true, costs) <= parts) return c;
   return most;
 }
 
@@ -96,16 +92,14 @@ DecodePlan plan_decode(Spans spans, bool causal, int n_h, int page_tokens, int p
   int longest = 0;
   for (const DecodeItem& w : wholes) longest = std::max(longest, w.tile_end);
   if (longest <= costs.few_tiles) costs.fewest_tiles = 1;
-  int capacity = capacity_split(wholes, parts, costs);
-  const int64_t unsplit = cost_unsplit(wholes, parts, costs.item);
-  const bool split = unsplit > capacity + costs.merge;
-  if (!split) capacity = int(unsplit);
+  const int left_whole = capacity_whole(wholes, parts, costs), split_up = capacity_split(wholes, parts, costs);
+  const bool split = left_whole > split_up + costs.merge;
   size_t begin = 0;
   auto close = [&] {
     plan.parts.push_back(part_of(plan, begin, plan.items.size(), page_tokens));
     begin = plan.items.size();
   };
-  share_out(wholes, capacity, split, parts, costs, close, [&](const DecodeItem& whole, int from, int tiles) {
+  share_out(wholes, split ? split_up : left_whole, split, parts, costs, close, [&](const DecodeItem& whole, int from, int tiles) {
     plan.items.push_back(whole);
     plan.items.back().tile_begin = from, plan.items.back().tile_end = from + tiles;
   });

@@ -22,27 +22,23 @@ __host__ __device__ inline DecodePartials decode_partials(const DecodeCall& call
   auto* o = static_cast<uint4*>(call.scratch);
   return {o, reinterpret_cast<float*>(o + int64_t(call.plan.slots) * slabs_of(call.plan.most_rows) * (d_v / 16) * 32)};
 }
-// Where the results of a piece begin. The slot is its sequence's first piece's.
-__device__ inline int64_t partial_at(const DeviceDecodePlan& plan, int slot, int piece, int pieces, int slab, int sixteen, int d_v) {
+// Where the results of a piece begin; the sequence is an item or a merge of it.
+template <class Sequence>
+__device__ int64_t partial_at(const DeviceDecodePlan& plan, const Sequence& s, int piece, int slab, int sixteen, int d_v) {
   const int sixteens = d_v / 16;
-  return ((int64_t(slot) * slabs_of(plan.most_rows) * sixteens) + int64_t(slab * sixteens + sixteen) * pieces + piece) * 32;
+  return ((int64_t(s.slot) * slabs_of(plan.most_rows) * sixteens) + int64_t(slab * sixteens + sixteen) * s.pieces + piece) * 32;
 }
-__device__ inline int64_t partial_lse_at(const DeviceDecodePlan& plan, int slot, int piece, int pieces, int slab) {
-  return (int64_t(slot) * slabs_of(plan.most_rows) + int64_t(slab) * pieces + piece) * slab_rows;
-}
-__device__ inline int64_t partial_at(const DeviceDecodePlan& plan, const DecodeItem& item, int slab, int sixteen, int d_v) {
-  return partial_at(plan, item.slot, item.piece, item.pieces, slab, sixteen, d_v);
-}
-__device__ inline int64_t partial_lse_at(const DeviceDecodePlan& plan, const DecodeItem& item, int slab) {
-  return partial_lse_at(plan, item.slot, item.piece, item.pieces, slab);
+template <class Sequence>
+__device__ int64_t partial_lse_at(const DeviceDecodePlan& plan, const Sequence& s, int piece, int slab) {
+  return (int64_t(s.slot) * slabs_of(plan.most_rows) + int64_t(slab) * s.pieces + piece) * slab_rows;
 }
 
 // Whether the copies of a cache's rows, which no later kernel of the step reads, should be the first to leave the second-level cache: they
 // spare what others left there, unless so much comes that it leaves anyway. Then the copies are slower for it. A part takes all to be as
-// large as itself.
+// large as itself. Not where more than two blocks share a tile, which is to stay until the last has it.
 __device__ inline bool streams_by(int tiles, int tile_bytes) {
   constexpr int64_t most_bytes = int64_t(240) << 20;  // five times the cache
-  return int64_t(tiles) * gridDim.y * tile_bytes <= most_bytes;
+  return gridDim.x <= 2 && int64_t(tiles) * gridDim.y * tile_bytes <= most_bytes;
 }
 
 // Joins the partial results of split sequences.
@@ -52,6 +48,8 @@ __device__ inline uint32_t bf16_pair(float x, float y) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
+
+__device__ inline float2 widen_pair(uint32_t pair) { return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair)); }
 
 // Of the words of four lanes, lane t gets every lane's word t.
 __device__ inline void transpose_quad(uint32_t (&x)[4], int t) {
