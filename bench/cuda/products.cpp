@@ -1,6 +1,6 @@
-// Products and networks of DeepSeek-V2-Lite's shape on the GPU, with bf16 weights that no cache holds, as shares of the read bandwidth:
-// each launched many times over in a recorded step, the next one's weights on their way while one runs, as in a model.
-//   bench_cuda_products [tokens, as 1,8,32] [part of a name]
+// Products and networks of DeepSeek-V2-Lite's shape on the GPU, with weights that no cache holds, as shares of the read bandwidth: each
+// launched many times over in a recorded step, the next one's weights on their way while one runs, as in a model.
+//   bench_cuda_products [tokens, as 1,8,32] [part of a name] [bf16, fp8, q8_0 or q4_0]
 #include "core/check.h"
 #include "core/random.h"
 #include "cuda/cuda.h"
@@ -21,40 +21,40 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 
 class Bench {
  public:
-  Bench() : device_(0), arena_(device_.memory()), weights_(size_t(2) << 30) {
-    // Two GiB, which all weights are views of.
+  explicit Bench(DType type) : type_(type), device_(0), arena_(device_.memory()), weights_(size_t(2) << 30) {
+    // Two GiB, which all weights are views of. As codes they are whatever they are: no number takes longer than another.
     fill_normal(weights_.data(), weights_.bytes() / 2, 1, nullptr);
     check(cudaDeviceSynchronize());
     read_gb_s_ = device_.probe(0.2).read_gb_s;
-    fmt::print("{}; read {:.0f} GB/s; bf16 weights\n{:<34} {:>6} {:>9} {:>9} {:>8}\n", device_.describe(), read_gb_s_, "", "tokens", "MB",
-               "us", "of read");
+    fmt::print("{}; read {:.0f} GB/s; {} weights\n{:<34} {:>6} {:>9} {:>9} {:>8}\n", device_.describe(), read_gb_s_, info(type_).name, "",
+               "tokens", "MB", "us", "of read");
   }
 
   void run(int64_t n, const std::string& wanted) {
     arena_.reset();
     x_ = floats({n, 16384}), y_ = floats({n, 102400});
-    auto linear = [&](const char* name, int64_t rows, int64_t cols, DType type = DType::bf16) {
-      time(name, n, 2 * double(rows * cols) * (type == DType::f32 ? 2 : 1), wanted,
+    auto linear = [&](const char* name, int64_t rows, int64_t cols, DType type) {
+      time(name, n, double(packed(type, rows, cols).bytes()), wanted,
            [=, this] { device_.linear(slice(x_, 1, 0, cols), next(type, 1, rows, cols), {}, slice(y_, 1, 0, rows)); });
     };
     auto by_head = [&](const char* name, int64_t rows, int64_t cols) {
-      time(name, n, 2 * double(heads * rows * cols), wanted, [=, this] {
+      time(name, n, double(heads * packed(type_, rows, cols).bytes()), wanted, [=, this] {
         const Tensor x = view(x_.data, DType::f32, {n, heads, cols}, Place::device);
-        device_.linear_heads(x, next(DType::bf16, heads, rows, cols), view(y_.data, DType::f32, {n, heads, rows}, Place::device));
+        device_.linear_heads(x, next(type_, heads, rows, cols), view(y_.data, DType::f32, {n, heads, rows}, Place::device));
       });
     };
-    time("queries and latents", n, 2.0 * (heads * 192 + latent + 64) * hidden, wanted, [=, this] {
-      const Weight q = next(DType::bf16, 1, heads * 192, hidden), a = next(DType::bf16, 1, latent + 64, hidden);
+    time("queries and latents", n, double(packed(type_, heads * 192 + latent + 64, hidden).bytes()), wanted, [=, this] {
+      const Weight q = next(type_, 1, heads * 192, hidden), a = next(type_, 1, latent + 64, hidden);
       device_.linear(slice(x_, 1, 0, hidden), {{q, {}, slice(y_, 1, 0, heads * 192)}, {a, {}, slice(y_, 1, 4096, latent + 64)}});
     });
     by_head("queries into the latent space", latent, 128);
     by_head("values out of it", 128, latent);
-    linear("attention's output", hidden, heads * 128);
+    linear("attention's output", hidden, heads * 128, type_);
     linear("router, f32", experts, hidden, DType::f32);
     network("shared experts", n, 1, 2 * width, nullptr, wanted);
     network("dense layer", n, 1, 10944, nullptr, wanted);
     routed(n, wanted);
-    linear("logits", 102400, hidden);
+    linear("logits", 102400, hidden, type_);
   }
 
  private:
@@ -76,9 +76,8 @@ class Bench {
   }
 
   void network(const char* name, int64_t n, int64_t count, int64_t wide, const Routing* routing, const std::string& wanted) {
-    time(name, n, 6.0 * double(wide * hidden), wanted, [=, this] {
-      const FfnWeights w{next(DType::bf16, count, wide, hidden), next(DType::bf16, count, wide, hidden),
-                         next(DType::bf16, count, hidden, wide)};
+    time(name, n, 3.0 * double(packed(type_, wide, hidden).bytes()), wanted, [=, this] {
+      const FfnWeights w{next(type_, count, wide, hidden), next(type_, count, wide, hidden), next(type_, count, hidden, wide)};
       device_.ffn(slice(x_, 1, 0, hidden), w, routing, slice(y_, 1, 0, hidden));
     });
   }
@@ -86,8 +85,7 @@ class Bench {
   // Experts drawn at random, other ones for each launch.
   void routed(int64_t n, const std::string& wanted) {
     at_ = 0;
-    const FfnWeights w{next(DType::bf16, experts, width, hidden), next(DType::bf16, experts, width, hidden),
-                       next(DType::bf16, experts, hidden, width)};
+    const FfnWeights w{next(type_, experts, width, hidden), next(type_, experts, width, hidden), next(type_, experts, hidden, width)};
     constexpr int routings = 8;
     std::vector<Routing> routing;
     double read = 0;
@@ -106,7 +104,7 @@ class Bench {
       routing.push_back({arena_.tensor(DType::i32, {n, chosen}), arena_.tensor(DType::f32, {n, chosen})});
       device_.memory().upload(expert.data(), routing.back().expert.data, expert.size() * 4);
       device_.memory().upload(weight.data(), routing.back().weight.data, weight.size() * 4);
-      read += 6.0 * double(std::count(any.begin(), any.end(), true)) * double(width * hidden) / routings;
+      read += 3.0 * double(std::count(any.begin(), any.end(), true)) * double(packed(type_, width, hidden).bytes()) / routings;
     }
     int turn = 0;
     time("routed experts", n, read, wanted,
@@ -132,6 +130,7 @@ class Bench {
     std::fflush(stdout);
   }
 
+  DType type_;
   CudaDevice device_;
   Arena arena_;
   GpuBuffer weights_;
@@ -145,7 +144,9 @@ class Bench {
 }  // namespace mla::cuda
 
 int main(int argc, char** argv) try {
-  mla::cuda::Bench bench;
+  const auto type = mla::parse_dtype(argc > 3 ? argv[3] : "bf16");
+  CHECK(type, "no type {}; give bf16, fp8, q8_0 or q4_0", argv[3]);
+  mla::cuda::Bench bench(*type);
   std::string tokens = argc > 1 ? argv[1] : "1,8,32,128";
   for (size_t at = 0; at < tokens.size(); at = tokens.find(',', at) == std::string::npos ? tokens.size() : tokens.find(',', at) + 1)
     bench.run(std::stoll(tokens.substr(at)), argc > 2 ? argv[2] : "");

@@ -79,9 +79,8 @@ __global__ void combine_kernel(const Y* y, const int32_t* place, const float* we
 // How runs are cut for the kernels that will multiply (Product::tile).
 int run_tile(DType type, int64_t n, int64_t places, int64_t experts) {
   const int64_t average = places / experts;
-  if (!hopper()) return 0;
-  if (type == DType::bf16) return n <= few_rows ? 0 : average <= 16 ? 32 : average <= 48 ? 64 : 128;
-  return type == DType::f32 || average <= 32 ? 0 : 128;
+  if (!hopper() || type == DType::f32 || n <= few_rows) return 0;
+  return average <= 16 ? 32 : average <= 48 ? 64 : 128;
 }
 
 }  // namespace
@@ -131,10 +130,11 @@ void CudaDevice::feed(Tensor x, const FfnWeights& w, const Routing* routing, Ten
 
   Product second = first;
   void* hidden = scratch_.bytes(size_t(places) * size_t(hidden_row) * (narrow ? 2 : 4));
-  const Results to_hidden{hidden, narrow, hidden_row, hidden_row, nullptr, false};
   require(!in_front || narrow, "a gate in front of two products");
+  first.part[0].w = gate, second.part[0].w = down;
+  const bool code_order = narrow && is_for_gemm(first) && is_for_gemm(second) && down.type != DType::bf16;
   if (narrow) {
-    first.part[0] = {gate, up, to_hidden};
+    first.part[0] = {gate, up, {hidden, narrow, hidden_row, hidden_row, nullptr, false, code_order}};
     if (in_front)
       product_behind_gate(first, *in_front, stream_);
     else
@@ -151,6 +151,7 @@ void CudaDevice::feed(Tensor x, const FfnWeights& w, const Routing* routing, Ten
   fresh_choice_ = nullptr;  // the second product comes between the choice and what reads it, and lets nothing in before it has waited
   second.choice_is_old = true;
   second.x = {hidden, narrow, hidden_row, hidden_row, nullptr};
+  second.x.code_order = code_order;
   if (!routing) {
     second.part[0] = {down, {}, {out.data, false, out.stride[0], 0, nullptr, true}};
     return multiply(second, scratch_, processors, stream_);

@@ -8,9 +8,6 @@
 namespace mla::cuda {
 namespace {
 
-// Rows up to which quantised weights are multiplied as they are, each group of 8 reading them once; beyond, decoding them first costs less.
-constexpr int few_quantised_rows = 48;
-
 // The widest tile that is more than half full and still gives every multiprocessor work.
 int tile_for(const Product& p, int processors) {
   for (const int tile : {256, 128, 64})
@@ -24,37 +21,33 @@ void check_rows(const Tensor& x, const Tensor& y, const char* what) {
 
 }  // namespace
 
+bool is_for_gemm(const Product& p) {
+  const DType type = p.part[0].w.type;
+  const bool few = p.runs ? p.tile <= few_rows : p.most <= few_rows;
+  return hopper() && !few && type != DType::f32 && (type == DType::bf16 || p.part[0].w.cols % 32 == 0);
+}
+
 void multiply(const Product& whole, Arena& scratch, int processors, cudaStream_t stream) {
   if (whole.most == 0 || whole.n == 0) return;
   const DType type = whole.part[0].w.type;
+  const bool code_order = type != DType::bf16;
   if (type == DType::f32) return product_f32(whole, stream);
-  const bool few = whole.runs ? whole.tile <= few_rows : whole.most <= (type == DType::bf16 ? few_rows : few_quantised_rows);
-  if (few || !hopper()) return product_gemv(whole, stream);
+  if (!is_for_gemm(whole) || (whole.x.bf16 && whole.x.code_order != code_order)) return product_gemv(whole, stream);
   ArenaScope scope(scratch);
   const int cols = whole.part[0].w.cols, pitch = packed(DType::bf16, 1, cols).pitch;
   const int heads = whole.runs ? 1 : whole.matrices;
-  bool rows_came_between = false;
-  GemmInput in{whole.x.data, int64_t(whole.n) * heads, pitch, 0};
+  Product p = whole;
+  p.parts = 1;
+  GemmInput in{whole.x.data, int64_t(whole.n) * heads, int(whole.x.row), 0};
   if (!whole.x.bf16) {
     void* x = scratch.bytes(size_t(in.total) * size_t(pitch) * 2);
-    rows_to_bf16(whole.x, whole.n, heads, cols, pitch, x, stream);
-    in.x = x;
-    rows_came_between = true;
-  } else {
-    in.pitch = int(whole.x.row);
+    p.x.code_order = code_order;
+    rows_to_bf16(p.x, whole.n, heads, cols, pitch, x, stream);
+    in.x = x, in.pitch = pitch;
+    p.choice_is_old = true;  // rows came between
   }
   for (int i = 0; i < whole.parts; ++i) {
-    Product p = whole;
-    p.part[0] = whole.part[i], p.parts = 1, p.choice_is_old |= rows_came_between;
-    ArenaScope decoded(scratch);
-    for (PackedMatrix* w : {&p.part[0].w, &p.part[0].up}) {
-      if (!w->data || w->type == DType::bf16) continue;
-      PackedMatrix plain = packed(DType::bf16, w->rows, w->cols);
-      auto* to = static_cast<std::byte*>(scratch.bytes(size_t(plain.matrix_bytes * p.matrices)));
-      decode_to_bf16(*w, p.matrices, to, stream);
-      plain.data = to;
-      *w = plain, p.decoded = true;
-    }
+    p.part[0] = whole.part[i];
     in.tile = p.runs ? p.tile : std::min(tile_for(p, processors), p.part[0].up.data ? 128 : 256);
     product_gemm(p, in, stream);
   }

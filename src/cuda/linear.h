@@ -6,6 +6,8 @@
 
 namespace mla::cuda {
 
+// Whether the matrix units multiply (product_gemm), or the kernel of few rows: those of codes whose columns are not whole 32s, too.
+bool is_for_gemm(const Product& p);
 // Products of all parts with the rows of x. Without runs; with bf16 activations their rows must be a whole number of units long.
 void multiply(const Product& p, Arena& scratch, int processors, cudaStream_t stream);
 // y [n, heads, rows] = x [n, heads, cols] with each head's own matrix.

@@ -134,14 +134,6 @@ __global__ void embed_kernel(const int32_t* ids, const int32_t* chosen, PackedMa
   for (int i = int(threadIdx.x); i < w.cols; i += int(blockDim.x)) out[blockIdx.x * stride + i] = packed_at(w, 0, id, i);
 }
 
-__global__ void decode_kernel(PackedMatrix from, PackedMatrix to) {
-  begin_kernel();
-  const int64_t matrix = blockIdx.z, row = blockIdx.x;
-  auto* out = reinterpret_cast<__nv_bfloat16*>(const_cast<std::byte*>(to.codes(matrix, row)));
-  for (int i = int(blockIdx.y * blockDim.x + threadIdx.x); i < to.pitch; i += int(gridDim.y * blockDim.x))
-    out[i] = __float2bfloat16(i < from.pitch ? packed_at(from, matrix, row, i) : 0);
-}
-
 DType held_type(DType type) {
   switch (type) {
     case DType::f32: return DType::f32;
@@ -159,12 +151,6 @@ DType held_type(DType type) {
 }
 
 }  // namespace
-
-void decode_to_bf16(const PackedMatrix& from, int64_t count, std::byte* to, cudaStream_t stream) {
-  PackedMatrix out = packed(DType::bf16, from.rows, from.cols);
-  out.data = to;
-  launch(decode_kernel, dim3(unsigned(out.padded_rows()), unsigned(ceil_div(out.pitch, 1024)), unsigned(count)), 256, 0, stream, from, out);
-}
 
 Weight CudaDevice::pack(std::span<const Tensor> pieces) {
   require(!pieces.empty(), "products without weights");

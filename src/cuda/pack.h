@@ -50,7 +50,4 @@ inline PackedMatrix packed(const Weight& w) {
   return m;
 }
 
-// matrices [first, first + count) as bf16, with the padding of bf16 matrices; `to` holds packed(bf16, rows, cols).
-void decode_to_bf16(const PackedMatrix& from, int64_t count, std::byte* to, cudaStream_t stream);
-
 }  // namespace mla::cuda

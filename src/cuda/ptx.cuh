@@ -58,7 +58,15 @@ __device__ inline void copy_bytes(void* to, const void* from, int bytes, uint64_
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
-// Both with a policy for the second-level cache.
+// Copies 4, 8 or 16 bytes by a thread; `copied_arrive` then arrives at the barrier for it, once all its copies are there.
+template <int Bytes>
+__device__ inline void copy_small(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(Bytes) : "memory");
+}
+__device__ inline void copied_arrive(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Boxes and bytes with a policy for the second-level cache.
 __device__ inline void copy_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], "

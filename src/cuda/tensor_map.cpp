@@ -19,13 +19,14 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
 }
 
-CUtensorMap encode(const void* base, std::array<cuuint64_t, 3> size, std::array<cuuint64_t, 2> stride, cuuint32_t box_rows) {
+CUtensorMap encode(const void* base, std::array<cuuint64_t, 3> size, std::array<cuuint64_t, 2> stride, cuuint32_t box_rows,
+                   CUtensorMapDataType type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
   static const PFN_cuTensorMapEncodeTiled_v12000 driver = encoder();
   const cuuint32_t box[] = {64, box_rows, 1}, step[] = {1, 1, 1};
   CUtensorMap map;
-  const CUresult result = driver(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(base), size.data(), stride.data(), box, step,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      driver(&map, type, 3, const_cast<void*>(base), size.data(), stride.data(), box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled gave {} for rows of {} bytes, pages of {}", int(result), stride[0], stride[1]);
   return map;
 }
@@ -51,6 +52,11 @@ CUtensorMap matrix_map(const void* base, int64_t columns, int64_t rows, int64_t 
                        int box_rows) {
   return encode(base, {cuuint64_t(columns), cuuint64_t(rows), cuuint64_t(matrices)}, {cuuint64_t(row_bytes), cuuint64_t(matrix_bytes)},
                 cuuint32_t(box_rows));
+}
+
+CUtensorMap codes_map(const void* base, int64_t row_bytes, int64_t rows, int64_t matrices, int64_t matrix_bytes, int box_rows) {
+  return encode(base, {cuuint64_t(row_bytes), cuuint64_t(rows), cuuint64_t(matrices)}, {cuuint64_t(row_bytes), cuuint64_t(matrix_bytes)},
+                cuuint32_t(box_rows), CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 }  // namespace mla::cuda

@@ -16,5 +16,7 @@ CUtensorMap query_map(const void* q, int64_t rows, int columns);
 // A stack of matrices, [matrix, row, column], in boxes of `box_rows`; distances in bytes. What lies outside reads as zeros.
 CUtensorMap matrix_map(const void* base, int64_t columns, int64_t rows, int64_t matrices, int64_t row_bytes, int64_t matrix_bytes,
                        int box_rows);
+// The same of bytes, in boxes of 64 that are not swizzled.
+CUtensorMap codes_map(const void* base, int64_t row_bytes, int64_t rows, int64_t matrices, int64_t matrix_bytes, int box_rows);
 
 }  // namespace mla::cuda

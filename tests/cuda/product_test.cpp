@@ -18,25 +18,70 @@ std::vector<uint16_t> to_bf16(std::vector<float>& x) {
   return out;
 }
 
-// A stack of bf16 matrices as pack.h lays them out.
+// Where a row has the code of column k, and which nibble of it (pack.h).
+size_t place_of(DType type, int64_t k) {
+  if (type == DType::q4_0) return size_t(k / 128 * 64 + k % 32 / 8 * 16 + k / 32 % 4 * 4 + k % 2 * 2 + k % 8 / 2 / 2);
+  return size_t(k / 64 * 64 + k % 32 / 8 * 16 + k / 32 % 2 * 8 + k % 8);
+}
+
+// A stack of matrices as pack.h lays them out; `values` is what meets the activations: codes times scales are rounded to bf16 where
+// `rounds`.
 struct Stack {
   PackedMatrix m;
   GpuBuffer memory;
   std::vector<float> values;  // [count, rows, cols]
-  Stack(int count, int rows, int cols, uint64_t seed) : m(packed(DType::bf16, rows, cols)) {
-    values = ref::random_floats(int64_t(count) * rows * cols, seed, 1 / std::sqrt(double(cols)));
-    const std::vector<uint16_t> narrow = to_bf16(values);
-    std::vector<uint16_t> laid(size_t(m.matrix_bytes / 2 * count), 0);
+
+  Stack(DType type, int count, int rows, int cols, uint64_t seed, bool rounds) : m(packed(type, rows, cols)) {
+    std::vector<std::byte> laid(size_t(m.matrix_bytes * count));
+    m.data = laid.data();
     for (int64_t c = 0; c < count; ++c)
       for (int64_t r = 0; r < rows; ++r)
-        for (int64_t k = 0; k < cols; ++k)
-          laid[size_t(c * m.matrix_bytes / 2 + r * m.pitch + k)] = narrow[size_t((c * rows + r) * cols + k)];
-    memory = upload<uint16_t>(laid);
+        for (int64_t k = 0; k < cols; ++k) values.push_back(put(c, r, k, random_bits(seed, values.size()), rounds));
+    memory = upload<std::byte>(laid);
     m.data = memory.data();
+  }
+
+ private:
+  // Writes the element, a random one, and returns it.
+  float put(int64_t c, int64_t r, int64_t k, uint64_t random, bool rounds) {
+    auto* codes = const_cast<std::byte*>(m.codes(c, r));
+    auto* scales = const_cast<std::byte*>(m.scales(c, r));
+    const float size = 1 / std::sqrt(float(m.cols));
+    if (m.type == DType::bf16) {
+      const uint16_t bits = f32_to_bf16((float(random % 2001) / 1000 - 1) * 2 * size);
+      reinterpret_cast<uint16_t*>(codes)[k] = bits;
+      return bf16_to_f32(bits);
+    }
+    std::byte& at = codes[place_of(m.type, k)];
+    float scale, code;
+    if (m.type == DType::f8) {
+      // As large as any that do not overflow, and not the same for neighbours.
+      scale = size * (0.01f + 0.003f * float((c + r / 128 + k / 128) % 5));
+      reinterpret_cast<float*>(scales)[k / 128] = scale;
+      at = std::byte(random & 0xff);
+      if ((random & 0x7f) == 0x7f) at = std::byte(0x38);           // no number
+      if ((random & 0x70) == 0x70) at = std::byte(random & 0xbf);  // no larger than 16
+      code = f8_to_f32(uint8_t(at));
+    } else {
+      const int range = m.type == DType::q8_0 ? 127 : 8;
+      const uint16_t half = f32_to_f16(size * (1 + 0.1f * float((r + k / 32) % 7)) / float(range));
+      reinterpret_cast<uint16_t*>(scales)[k / 32] = half;
+      scale = f16_to_f32(half);
+      if (m.type == DType::q8_0) {
+        at = std::byte(random & 0xff);
+        code = float(int8_t(at));
+      } else {
+        const int shift = int(k % 8 / 2 % 2 * 4);
+        at |= std::byte((random & 15) << shift);
+        code = float(int(random & 15) - 8);
+      }
+    }
+    return rounds ? bf16_to_f32(f32_to_bf16(scale * code)) : scale * code;
   }
 };
 
 struct Case {
+  DType type;
   int tile;  // 0: the kernel of few rows
   bool gated, runs;
 };
@@ -48,17 +93,20 @@ TEST_P(ProductTest, AgreesWithDouble) {
   const cudaError_t found = cudaGetDeviceCount(&devices);
   if (found == cudaErrorNoDevice || found == cudaErrorInsufficientDriver) GTEST_SKIP() << "no GPU here";
   ASSERT_EQ(found, cudaSuccess);
-  const auto [tile, gated, runs] = GetParam();
+  const auto [type, tile, gated, runs] = GetParam();
   const int step = tile ? tile : 8;
-  for (const int cols : {40, 64, 128, 1000, 2048, 2816}) {
+  const bool codes = type != DType::bf16;
+  for (const int cols : {40, 64, 96, 128, 1000, 2048, 2816}) {
+    if (codes && cols % 32 != 0) continue;
     const int rows = 328, matrices = 3, n = 2 * step + step / 2 + 1;
-    const Stack w(matrices, rows, cols, 1), up(matrices, rows, cols, 2);
+    const Stack w(type, matrices, rows, cols, 1, tile > 0), up(type, matrices, rows, cols, 2, tile > 0);
     // With runs, all matrices share n rows, the last matrix has none; without, each head has n of its own.
-    const int total = runs ? n : n * matrices, pitch = int(round_up(cols, 64));
+    const int total = runs ? n : n * matrices, pitch = int(round_up(cols, 128));
     std::vector<float> x = ref::random_floats(int64_t(total) * cols, 3);
     const std::vector<uint16_t> narrow = to_bf16(x);
     std::vector<uint16_t> laid(size_t(total) * size_t(pitch), 0);
-    for (int64_t i = 0; i < total; ++i) std::copy_n(narrow.data() + i * cols, cols, laid.data() + i * pitch);
+    for (int64_t i = 0; i < total; ++i)
+      for (int k = 0; k < cols; ++k) laid[size_t(i * pitch + k)] = narrow[size_t(i * cols + (codes && tile ? code_column(k) : k))];
     const GpuBuffer x_gpu = upload<uint16_t>(laid);
     std::vector<cuda::Run> cut;
     std::vector<int> matrix_of(size_t(total), 0);
@@ -105,15 +153,17 @@ TEST_P(ProductTest, AgreesWithDouble) {
 
 std::vector<Case> cases() {
   std::vector<Case> all;
-  for (const int tile : {0, 32, 64, 128, 256})
-    for (const bool gated : {false, true})
-      for (const bool runs : {false, true})
-        if (!(gated && tile == 256)) all.push_back({tile, gated, runs});
+  for (const DType type : {DType::bf16, DType::f8, DType::q8_0, DType::q4_0})
+    for (const int tile : {0, 32, 64, 128, 256})
+      for (const bool gated : {false, true})
+        for (const bool runs : {false, true})
+          if (!(gated && tile == 256)) all.push_back({type, tile, gated, runs});
   return all;
 }
 
 INSTANTIATE_TEST_SUITE_P(Tiles, ProductTest, testing::ValuesIn(cases()), [](const auto& info) {
-  return std::to_string(info.param.tile) + (info.param.gated ? "_gated" : "") + (info.param.runs ? "_runs" : "");
+  return std::string(mla::info(info.param.type).name) + "_" + std::to_string(info.param.tile) + (info.param.gated ? "_gated" : "") +
+         (info.param.runs ? "_runs" : "");
 });
 
 }  // namespace
