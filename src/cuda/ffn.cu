@@ -14,6 +14,7 @@ namespace mla::cuda {
 namespace {
 
 constexpr int group_threads = 1024;
+constexpr int few_code_tokens = 2;  // up to so many, experts in codes are multiplied as they stream by; of bf16 up to few_rows
 
 // A place is a token's turn at an expert; places lie expert by expert.
 struct Groups {
@@ -79,8 +80,8 @@ __global__ void combine_kernel(const Y* y, const int32_t* place, const float* we
 // How runs are cut for the kernels that will multiply (Product::tile).
 int run_tile(DType type, int64_t n, int64_t places, int64_t experts) {
   const int64_t average = places / experts;
-  if (!hopper() || type == DType::f32 || n <= few_rows) return 0;
-  return average <= 16 ? 32 : average <= 48 ? 64 : 128;
+  if (!hopper() || type == DType::f32 || n <= (type == DType::bf16 ? few_rows : few_code_tokens)) return 0;
+  return average <= 8 ? 16 : average <= 16 ? 32 : average <= 48 ? 64 : 128;
 }
 
 }  // namespace

@@ -334,6 +334,7 @@ template <DType Type>
 void run_gemm(const Product& p, const GemmInput& in, cudaStream_t stream) {
   const bool gated = p.part[0].up.data != nullptr;
   switch (in.tile) {
+    case 16: return gated ? run_gemm<16, true, Type>(p, in, stream) : run_gemm<16, false, Type>(p, in, stream);
     case 32: return gated ? run_gemm<32, true, Type>(p, in, stream) : run_gemm<32, false, Type>(p, in, stream);
     case 64: return gated ? run_gemm<64, true, Type>(p, in, stream) : run_gemm<64, false, Type>(p, in, stream);
     case 128: return gated ? run_gemm<128, true, Type>(p, in, stream) : run_gemm<128, false, Type>(p, in, stream);

@@ -154,7 +154,7 @@ TEST_P(ProductTest, AgreesWithDouble) {
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (const DType type : {DType::bf16, DType::f8, DType::q8_0, DType::q4_0})
-    for (const int tile : {0, 32, 64, 128, 256})
+    for (const int tile : {0, 16, 32, 64, 128, 256})
       for (const bool gated : {false, true})
         for (const bool runs : {false, true})
           if (!(gated && tile == 256)) all.push_back({type, tile, gated, runs});
