@@ -1,6 +1,7 @@
-// Attention on Hopper over separate keys and values, with an online softmax. A block has 128 query rows of one cache head. One thread
-// copies tiles of 128 keys and values to shared memory; two warpgroups multiply, 64 rows each, and while one multiplies the other takes
-// exponentials. Scores never leave the registers.
+// Attention on Hopper over separate keys and values, with an online softmax. A piece of work is 128 query rows of one cache head. A block
+// stays on its multiprocessor and goes from piece to piece: a warp hands them out, a thread copies tiles of 128 keys and values to shared
+// memory; two warpgroups multiply, 64 rows each, and while one multiplies the other takes exponentials, fetches queries or stores results.
+// Scores never leave the registers.
 #include "cuda/attention_rows.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/wgmma.cuh"
@@ -13,6 +14,9 @@ namespace {
 
 constexpr int threads = 384, group_rows = 64, block_rows = 2 * group_rows, tile = 128, stages = 2;
 constexpr int box_bytes = tile * 128;  // 64 columns of a tile
+// Pieces that a block remembers. Copies are at most two tiles, so two pieces, ahead of the products; one more is handed out before them,
+// and one is stored beside the next one's first tile.
+constexpr int works = 8;
 constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 
 // In boxes of 64 columns: the queries, then the stages, each its keys and its values.
@@ -24,8 +28,10 @@ struct TileShape {
   static constexpr int o_registers = D_v / 2;
 };
 
+struct TileWork;
 struct TileBarriers {
   uint64_t k_full[stages], k_empty[stages], v_full[stages], v_empty[stages];
+  uint64_t work[works], wanted;  // a piece has been handed out; the next may be
 };
 
 extern __shared__ __align__(1024) uint8_t tiles_memory[];
@@ -35,9 +41,10 @@ struct TileMemory {
   __device__ static uint8_t* q() { return tiles_memory; }
   __device__ static uint8_t* k(int stage) { return tiles_memory + S::q_bytes + stage * S::stage_bytes; }
   __device__ static uint8_t* v(int stage) { return k(stage) + S::k_boxes * box_bytes; }
-  __device__ static TileBarriers& barriers() {
-    return *reinterpret_cast<TileBarriers*>(tiles_memory + S::q_bytes + stages * S::stage_bytes);
-  }
+  __device__ static TileBarriers& barriers() { return *reinterpret_cast<TileBarriers*>(k(stages)); }
+  // Piece number i of this block.
+  __device__ static TileWork& work(int i) { return reinterpret_cast<TileWork*>(k(stages) + sizeof(TileBarriers))[i % works]; }
+  __device__ static void wait_work(int i) { barrier_wait(&barriers().work[i % works], i / works & 1); }
 };
 
 // How a launch is cut into pieces. Heads go in sections whose keys and values stay in the second-level cache together; within one the
@@ -75,6 +82,7 @@ struct TileWork {
   GpuSpan span;
   int group, rows, first, head, begin, end, split;
 
+  TileWork() = default;
   __device__ TileWork(const AttentionCall& c, const TileGrid& g, int piece) {
     split = piece % g.splits, piece /= g.splits;
     const int a_span = g.blocks * c.format.heads, in_span = piece % a_span;
@@ -95,39 +103,94 @@ struct TileWork {
   __device__ int tiles() const { return end > begin ? (end - begin + tile - 1) / tile : 0; }
 };
 
+static_assert(sizeof(TileBarriers) + works * sizeof(TileWork) <= 1024);
+
 // The thread that copies keys and values. Rows past the span's last stay as they are in shared memory.
 template <class S, int D_k, int D_v>
-__device__ void load_tiles(const AttentionCall& c, const TileWork& w, int box_rows, const CUtensorMap* map) {
+__device__ void load_tiles(const AttentionCall& c, int box_rows, const CUtensorMap* map) {
   constexpr TileMemory<S> memory{};
   TileBarriers& b = memory.barriers();
-  auto part = [&](uint64_t* full, uint8_t* to, int boxes, int column, int first) {
-    const int cuts = (min(tile, w.span.kv_count - first) + box_rows - 1) / box_rows;
-    barrier_expect(full, cuts * boxes * box_rows * 128);
-    for (int i = 0; i < cuts; ++i) {
-      const int j = first + i * box_rows, page = j / c.page_tokens;
-      const int y = j - page * c.page_tokens, z = page_of(c, w.span, page);
-      for (int box = 0; box < boxes; ++box) copy_box(to + box * box_bytes + i * box_rows * 128, map, full, column + box * 64, y, z);
+  for (int i = 0, n = 0;; ++i) {
+    memory.wait_work(i);
+    const TileWork w = memory.work(i);
+    auto part = [&](uint64_t* full, uint8_t* to, int boxes, int column, int first) {
+      const int cuts = (min(tile, w.span.kv_count - first) + box_rows - 1) / box_rows;
+      barrier_expect(full, cuts * boxes * box_rows * 128);
+      for (int cut = 0; cut < cuts; ++cut) {
+        const int j = first + cut * box_rows, page = j / c.page_tokens;
+        const int y = j - page * c.page_tokens, z = page_of(c, w.span, page);
+        for (int box = 0; box < boxes; ++box) copy_box(to + box * box_bytes + cut * box_rows * 128, map, full, column + box * 64, y, z);
+      }
+    };
+    const int tiles = w.tiles();
+    if (tiles == 0) return;
+    for (int t = 0; t < tiles; ++t, ++n) {
+      const int stage = n % stages, free = (n / stages & 1) ^ 1, first = w.begin + t * tile;
+      if (t == tiles - 1) barrier_arrive(&b.wanted);
+      barrier_wait(&b.k_empty[stage], free);
+      part(&b.k_full[stage], memory.k(stage), S::k_boxes, w.head * D_k, first);
+      barrier_wait(&b.v_empty[stage], free);
+      part(&b.v_full[stage], memory.v(stage), S::v_boxes, c.format.heads * D_k + w.head * D_v, first);
     }
-  };
-  for (int t = 0; t < w.tiles(); ++t) {
-    const int stage = t % stages, free = (t / stages & 1) ^ 1, first = w.begin + t * tile;
-    barrier_wait(&b.k_empty[stage], free);
-    part(&b.k_full[stage], memory.k(stage), S::k_boxes, w.head * D_k, first);
-    barrier_wait(&b.v_empty[stage], free);
-    part(&b.v_full[stage], memory.v(stage), S::v_boxes, c.format.heads * D_k + w.head * D_v, first);
   }
 }
 
-// A warp asks for the queries of a later piece on their way to the second-level cache, once this one's have come.
-template <class S, int D_k>
+// A warp: the results of a piece that sees nothing. What they would be merged into stays.
+template <int D_v>
+__device__ void store_nothing(const AttentionCall& c, const TileWork& w, int splits) {
+  if (c.merge) return;
+  const int lane = int(threadIdx.x) % 32;
+  for (int r = w.first; r < min(w.first + block_rows, w.rows); ++r) {
+    const int64_t token = int64_t(w.span.start) + r / w.group;
+    const int head = w.head * w.group + r % w.group;
+    if (lane == 0) c.lse[c.split_lse * w.split + token * c.lse_row + head * c.lse_head] = -INFINITY;
+    if (splits > 1) continue;  // joining reads no more
+    for (int column = 2 * lane; column < D_v; column += 64)
+      *reinterpret_cast<float2*>(c.o + token * c.o_row + head * c.o_head + column) = float2{};
+  }
+}
+
+// A warp asks for a piece's queries on their way to the second-level cache.
+template <int D_k>
 __device__ void fetch_queries(const AttentionCall& c, const TileWork& w) {
-  if (w.first >= w.rows) return;
-  barrier_wait(&TileMemory<S>::barriers().k_full[0], 0);
   constexpr int lines = (D_k * 4 + 127) / 128;
   const int rows = min(block_rows, w.rows - w.first);
   for (int i = int(threadIdx.x) % 32; i < rows * lines; i += 32) {
     const int r = w.first + i / lines;
     prefetch_l2(c.q + (int64_t(w.span.start) + r / w.group) * c.q_row + (w.head * w.group + r % w.group) * c.q_head + i % lines * 32);
+  }
+}
+
+// The warp that hands out pieces: a block's first has its number, each later one is the next of all that nobody has, when the last tile of
+// the one before is about to be copied. A piece without tiles is the end.
+template <class S, int D_k, int D_v>
+__device__ void hand_out(const AttentionCall& c, const TileGrid& g) {
+  constexpr TileMemory<S> memory{};
+  TileBarriers& b = memory.barriers();
+  const int blocks = int(gridDim.x);
+  // Every block asks once more than there is for it, so that the counter is back at 0 in the end.
+  auto next = [&] {
+    if (blocks == g.pieces) return g.pieces;
+    unsigned taken = 0;
+    if (threadIdx.x % 32 == 0) taken = atomicInc(c.taken, unsigned(g.pieces) - 1);
+    return blocks + int(__shfl_sync(~0u, taken, 0));
+  };
+  int piece = int(blockIdx.x);
+  for (int i = 0;; ++i) {
+    if (i > 0) barrier_wait(&b.wanted, (i - 1) & 1), piece = next();
+    TileWork w{};
+    for (; piece < g.pieces; piece = next()) {
+      w = TileWork(c, g, piece);
+      if (w.tiles() > 0) break;
+      store_nothing<D_v>(c, w, g.splits);
+      w = TileWork{};
+    }
+    if (threadIdx.x % 32 == 0) {
+      memory.work(i) = w;
+      barrier_arrive(&b.work[i % works]);
+    }
+    if (w.tiles() == 0) return;
+    if (i > 0) fetch_queries<D_k>(c, w);
   }
 }
 
@@ -138,41 +201,65 @@ struct TileGroup {
   static constexpr TileMemory<S> memory{};
   // Exponentials bound heads of 64: every fourth pair is worked out by sums there.
   static constexpr int sums_every = D_v == 64 ? 4 : tile;
+  struct Sums {
+    float m[2], l[2];  // reference, base 2, and this thread's share
+  };
   const AttentionCall& c;
-  const TileWork& w;
-  int index, thread, lane, row;
+  int index, splits, thread, lane, row;
+  int pieces = 0;  // that have begun
+  const TileWork* w = nullptr;
+  int tiles = 0, first = 0;  // of the piece that have not been multiplied; the next tile's first row
   int seen_from[2], seen_to[2];
-  float m[2] = {-INFINITY, -INFINITY}, l[2] = {};  // reference of the sums, base 2, and this thread's share of them
+  Sums sums;
 
-  __device__ TileGroup(const AttentionCall& call, const TileWork& work, int index_)
-      : c(call), w(work), index(index_), thread(int(threadIdx.x) % 128), lane(thread % 32) {
+  __device__ TileGroup(const AttentionCall& call, int index_, int splits_)
+      : c(call), index(index_), splits(splits_), thread(int(threadIdx.x) % 128), lane(thread % 32) {
     row = index * group_rows + thread / 32 * 16 + lane / 4;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int position = w.span.position + min((w.first + row + 8 * i) / w.group, w.span.count - 1);
-      seen_from[i] = first_seen(c, w.span, position);
-      seen_to[i] = w.first + row + 8 * i < w.rows ? end_seen(c, w.span, position) : 0;
-    }
   }
 
-  // This warpgroup's queries as bf16 into shared memory. All are on their way before the first is stored.
+  // Goes on to the block's next piece, with its queries in shared memory; false if there is none.
+  __device__ bool next_piece() {
+    memory.wait_work(pieces);
+    const TileWork* next = &memory.work(pieces);
+    const int more = __shfl_sync(~0u, next->tiles(), 0);
+    if (more == 0) return false;
+    ++pieces, w = next, tiles = more, first = w->begin;
+    load_queries();
+    const GpuSpan span = w->span;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int position = span.position + min(of_piece(*w, i) / w->group, span.count - 1);
+      seen_from[i] = first_seen(c, span, position);
+      seen_to[i] = of_piece(*w, i) < w->rows ? end_seen(c, span, position) : 0;
+      sums.m[i] = -INFINITY, sums.l[i] = 0;
+    }
+    return true;
+  }
+
+  // This warpgroup's queries as bf16 into shared memory, 16 rows a warp, two at a time. All are on their way before the first is stored.
   __device__ void load_queries() const {
-    constexpr int eights = D_k / 8, all = group_rows * eights / 128;
-    float4 x[all][2];
+    constexpr int pairs = 8;
+    const int begin = w->first / w->group, rows = index * group_rows + thread / 32 * 16, own = w->first + rows + lane % 16;
+    const float* from = c.q + (int64_t(w->span.start) + begin) * c.q_row + w->head * w->group * c.q_head + lane % 16 * 4;
+    const int at = own < w->rows ? int((own / w->group - begin) * c.q_row + own % w->group * c.q_head) : -1;  // of row lane % 16
+    auto there = [&](int box) { return box * 64 + lane % 16 * 4 < D_k; };
+    float4 x[pairs][S::k_boxes];
 #pragma unroll
-    for (int i = 0; i < all; ++i) {
-      const int r = w.first + index * group_rows + (thread + i * 128) / eights;
-      const float* from = c.q + (int64_t(w.span.start) + r / w.group) * c.q_row + (w.head * w.group + r % w.group) * c.q_head;
+    for (int i = 0; i < pairs; ++i) {
+      const int place = __shfl_sync(~0u, at, 2 * i + lane / 16);
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
-        x[i][j] = r < w.rows ? reinterpret_cast<const float4*>(from + (thread + i * 128) % eights * 8)[j] : float4{};
+      for (int box = 0; box < S::k_boxes; ++box)
+        x[i][box] = place >= 0 && there(box) ? reinterpret_cast<const float4*>(from + place)[box * 16] : float4{};
     }
+    named_sync(3 + index, 128);  // the products with the queries before have ended
+    const int r = rows + lane / 16, byte = r * 128 + ((lane % 16 / 2 ^ lane / 16) * 16 + lane % 2 * 8);
 #pragma unroll
-    for (int i = 0; i < all; ++i) {
-      const int r = index * group_rows + (thread + i * 128) / eights, eight = (thread + i * 128) % eights;
-      *reinterpret_cast<uint4*>(memory.q() + eight / 8 * (block_rows * 128) + r * 128 + ((eight ^ r) & 7) * 16) = {
-          pair(x[i][0].x, x[i][0].y), pair(x[i][0].z, x[i][0].w), pair(x[i][1].x, x[i][1].y), pair(x[i][1].z, x[i][1].w)};
-    }
+    for (int i = 0; i < pairs; ++i)
+#pragma unroll
+      for (int box = 0; box < S::k_boxes; ++box)
+        if (there(box))
+          *reinterpret_cast<uint2*>(memory.q() + box * (block_rows * 128) + (byte ^ i % 4 * 32) + i * 256) = {
+              pair(x[i][box].x, x[i][box].y), pair(x[i][box].z, x[i][box].w)};
     publish_shared();
     named_sync(3 + index, 128);
   }
@@ -201,17 +288,20 @@ struct TileGroup {
     wgmma_commit();
   }
 
-  // Zeroes the values of rows that are not the span's: 0 × NaN is NaN. Both warpgroups do, neither waits for the other.
-  __device__ void clear_values(int stage, int valid) const {
+  // In a piece's last tile, zeroes the values of rows that are not the span's: 0 × NaN is NaN. Both warpgroups do, neither waits for the
+  // other.
+  __device__ void clear_values(int stage, int parity) const {
+    const int valid = __shfl_sync(~0u, w->span.kv_count, 0) - (first - tile);
     if (valid >= tile) return;
+    barrier_wait(&memory.barriers().v_full[stage], parity);
     for (int box = 0; box < S::v_boxes; ++box)
       for (int i = valid * 8 + thread; i < tile * 8; i += 128) reinterpret_cast<uint4*>(memory.v(stage) + box * box_bytes)[i] = uint4{};
     publish_shared();
     named_sync(3 + index, 128);
   }
 
-  // The scores of the tile at `first` become probabilities; what was summed before must be multiplied by `factor`.
-  __device__ void softmax(float (&s)[tile / 2], int first, float (&factor)[2]) {
+  // The scores of the next tile become probabilities; what was summed before must be multiplied by `factor`.
+  __device__ void softmax(float (&s)[tile / 2], float (&factor)[2]) {
     if (first + tile > min(seen_to[0], seen_to[1]) || first < max(seen_from[0], seen_from[1])) {
 #pragma unroll
       for (int i = 0; i < tile / 2; ++i) {
@@ -228,9 +318,10 @@ struct TileGroup {
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) * scale;
       // The reference moves only where a score exceeds it by 2^8: f32 sums and bf16 probabilities are as exact below as at 1.
-      const float next = top > m[r] + 8 ? top : m[r], base = next == -INFINITY ? 0 : next;
-      factor[r] = m[r] == next ? 1 : exp2_fast(m[r] - next);
-      m[r] = next;
+      float& m = sums.m[r];
+      const float next = top > m + 8 ? top : m, base = next == -INFINITY ? 0 : next;
+      factor[r] = m == next ? 1 : exp2_fast(m - next);
+      m = next;
       float sum = 0;
 #pragma unroll
       for (int i = 0; i < tile / 8; ++i) {
@@ -241,81 +332,100 @@ struct TileGroup {
           x = exp2_fast(fmaf(x, scale, -base)), y = exp2_fast(fmaf(y, scale, -base));
         sum += x + y;
       }
-      l[r] = l[r] * factor[r] + sum;
+      sums.l[r] = sums.l[r] * factor[r] + sum;
     }
+    first += tile, --tiles;
   }
 
-  __device__ void run(float (&o)[S::o_registers]) {
-    TileBarriers& b = memory.barriers();
-    const int tiles = w.tiles();
-    if (tiles == 0) return;
-    load_queries();
-    if (index == 1) end_turn();  // the first warpgroup begins
-    float s[tile / 2], factor[2];
-    uint32_t p[tile / 4];
-    auto stage_of = [](int t) { return t % stages; };
-    auto parity_of = [](int t) { return t / stages & 1; };
-    auto narrow = [&] {
+  __device__ static void narrow(uint32_t (&p)[tile / 4], const float (&s)[tile / 2]) {
 #pragma unroll
-      for (int i = 0; i < tile / 4; ++i) p[i] = pair(s[2 * i], s[2 * i + 1]);
-    };
-    barrier_wait(&b.k_full[stage_of(0)], parity_of(0));
-    begin_turn();
-    wgmma_begin();
-    scores(s, stage_of(0));
-    end_turn();
-    wgmma_wait<0>();
-    free(b.k_empty[0]);
-    softmax(s, w.begin, factor);
-    narrow();
-    for (int t = 1; t < tiles; ++t) {
-      const int before = stage_of(t - 1);
-      barrier_wait(&b.k_full[stage_of(t)], parity_of(t));
+    for (int i = 0; i < tile / 4; ++i) p[i] = pair(s[2 * i], s[2 * i + 1]);
+  }
+
+  // Tiles are counted over all pieces. A turn is a tile's scores with the values of the one before, whichever pieces they are of.
+  __device__ void run() {
+    TileBarriers& b = memory.barriers();
+    if (!next_piece()) return;
+    if (index == 1) end_turn();  // the first warpgroup begins
+    float o[S::o_registers], factor[2];
+    uint32_t p[tile / 4];
+#pragma unroll
+    for (float& x : o) x = 0;
+    {
+      float s[tile / 2];
+      barrier_wait(&b.k_full[0], 0);
       begin_turn();
       wgmma_begin();
-      scores(s, stage_of(t));
-      barrier_wait(&b.v_full[before], parity_of(t - 1));
+      scores(s, 0);
+      end_turn();
+      wgmma_wait<0>();
+      free(b.k_empty[0]);
+      softmax(s, factor);
+      narrow(p, s);
+    }
+    int stage = 1, before = 0, parity = 0, parity_before = 0;
+    for (int n = 1;; ++n) {
+      stage = n % stages, parity = n / stages & 1, before = (n - 1) % stages, parity_before = (n - 1) / stages & 1;
+      const bool fresh = tiles == 0;
+      const TileWork* old = w;
+      const Sums old_sums = sums;
+      if (fresh) {
+        clear_values(before, parity_before);
+        if (!next_piece()) break;
+      }
+      float s[tile / 2];
+      barrier_wait(&b.k_full[stage], parity);
+      begin_turn();
+      wgmma_begin();
+      scores(s, stage);
+      barrier_wait(&b.v_full[before], parity_before);
       wgmma_begin();
       values(o, p, before);
       end_turn();
       wgmma_wait<1>();
-      free(b.k_empty[stage_of(t)]);
-      softmax(s, w.begin + t * tile, factor);
+      free(b.k_empty[stage]);
+      softmax(s, factor);
       wgmma_wait<0>();
       free(b.v_empty[before]);
-      narrow();
-      if (__any_sync(~0u, factor[0] != 1 || factor[1] != 1)) {
+      narrow(p, s);
+      if (fresh) {
+        store(o, *old, old_sums);
+#pragma unroll
+        for (float& x : o) x = 0;
+      } else if (__any_sync(~0u, factor[0] != 1 || factor[1] != 1)) {
 #pragma unroll
         for (int i = 0; i < S::o_registers; ++i) o[i] *= factor[i / 2 % 2];
       }
     }
-    const int last = stage_of(tiles - 1);
-    barrier_wait(&b.v_full[last], parity_of(tiles - 1));
-    clear_values(last, w.span.kv_count - (w.begin + (tiles - 1) * tile));
+    barrier_wait(&b.v_full[before], parity_before);
     begin_turn();
     wgmma_begin();
-    values(o, p, last);
+    values(o, p, before);
     end_turn();
     wgmma_wait<0>();
+    store(o, *w, sums);
   }
-  __device__ void store(const float (&o)[S::o_registers], int splits) {
+
+ private:
+  // Divides the sums and stores them.
+  __device__ void store(const float (&o)[S::o_registers], const TileWork& of, Sums x) const {
     float before[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      l[i] += __shfl_xor_sync(~0u, l[i], 1);
-      l[i] += __shfl_xor_sync(~0u, l[i], 2);
-      before[i] = c.merge && there(i) ? c.lse[sum_at(i)] : -INFINITY;
+      x.l[i] += __shfl_xor_sync(~0u, x.l[i], 1);
+      x.l[i] += __shfl_xor_sync(~0u, x.l[i], 2);
+      before[i] = c.merge && there(of, i) ? c.lse[sum_at(of, i)] : -INFINITY;
     }
     __syncwarp();  // a row's four lanes have read its sum
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (!there(i)) continue;
-      float lse = l[i] > 0 ? (m[i] + log2f(l[i])) * ln_2 : -INFINITY, own = 1, other = 0;
+      if (!there(of, i)) continue;
+      float lse = x.l[i] > 0 ? (x.m[i] + log2f(x.l[i])) * ln_2 : -INFINITY, own = 1, other = 0;
       if (c.merge) merge_weights(lse, before[i], own, other);
-      if (lane % 4 == 0) c.lse[sum_at(i)] = lse;
+      if (lane % 4 == 0) c.lse[sum_at(of, i)] = lse;
       if (splits > 1 && lse == -INFINITY) continue;  // nothing that joining reads
-      const float scale = l[i] > 0 ? own / l[i] : 0;
-      float* to = c.o + c.split_o * w.split + token(i) * c.o_row + query_head(i) * c.o_head + lane % 4 * 2;
+      const float scale = x.l[i] > 0 ? own / x.l[i] : 0;
+      float* to = c.o + c.split_o * of.split + token(of, i) * c.o_row + query_head(of, i) * c.o_head + lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < D_v / 8; ++n) {
         float2 y{o[4 * n + 2 * i] * scale, o[4 * n + 2 * i + 1] * scale};
@@ -328,13 +438,14 @@ struct TileGroup {
     }
   }
 
- private:
-  // Of this thread's row i.
-  __device__ int of_span(int i) const { return w.first + row + 8 * i; }
-  __device__ bool there(int i) const { return of_span(i) < w.rows; }
-  __device__ int64_t token(int i) const { return int64_t(w.span.start) + of_span(i) / w.group; }
-  __device__ int query_head(int i) const { return w.head * w.group + of_span(i) % w.group; }
-  __device__ int64_t sum_at(int i) const { return c.split_lse * w.split + token(i) * c.lse_row + query_head(i) * c.lse_head; }
+  // Of this thread's row i of a piece.
+  __device__ int of_piece(const TileWork& of, int i) const { return of.first + row + 8 * i; }
+  __device__ bool there(const TileWork& of, int i) const { return of_piece(of, i) < of.rows; }
+  __device__ int64_t token(const TileWork& of, int i) const { return int64_t(of.span.start) + of_piece(of, i) / of.group; }
+  __device__ int query_head(const TileWork& of, int i) const { return of.head * of.group + of_piece(of, i) % of.group; }
+  __device__ int64_t sum_at(const TileWork& of, int i) const {
+    return c.split_lse * of.split + token(of, i) * c.lse_row + query_head(of, i) * c.lse_head;
+  }
 };
 
 template <int D_k, int D_v>
@@ -350,26 +461,20 @@ __global__ void __launch_bounds__(threads, 1)
       barrier_init(&b.k_full[i], 1), barrier_init(&b.v_full[i], 1);
       barrier_init(&b.k_empty[i], 8), barrier_init(&b.v_empty[i], 8);
     }
+    for (uint64_t& work : b.work) barrier_init(&work, 1);
+    barrier_init(&b.wanted, 1);
     barrier_init_done();
   }
   __syncthreads();
   begin_kernel();
-  const TileWork w(c, grid, int(blockIdx.x));
-  if (w.first >= w.rows) return;
   const int group = __shfl_sync(~0u, int(threadIdx.x) / 128, 0);
   if (group == 2) {
-    give_registers<40>();
-    if (threadIdx.x == 256) load_tiles<S, D_k, D_v>(c, w, grid.box_rows, &map);
-    const int later = int(blockIdx.x) + c.processors;
-    if (threadIdx.x / 32 == 9 && w.tiles() > 0 && later < grid.pieces) fetch_queries<S, D_k>(c, TileWork(c, grid, later));
+    give_registers<56>();
+    if (threadIdx.x == 256) load_tiles<S, D_k, D_v>(c, grid.box_rows, &map);
+    if (threadIdx.x / 32 == 9) hand_out<S, D_k, D_v>(c, grid);
   } else {
-    take_registers<232>();
-    TileGroup<D_k, D_v> g(c, w, group);
-    float o[S::o_registers];
-#pragma unroll
-    for (float& x : o) x = 0;
-    g.run(o);
-    g.store(o, grid.splits);
+    take_registers<224>();
+    TileGroup<D_k, D_v>(c, group, grid.splits).run();
   }
 }
 
@@ -429,7 +534,8 @@ template <int D_k, int D_v>
 void run(const AttentionCall& c, const TileGrid& grid, cudaStream_t stream) {
   const KvFormat format{{c.format.heads, D_k, D_v, false}, DType::bf16};
   const CUtensorMap map = pages_map(c.base, format.layout.row(), c.page_tokens, format.row_bytes(), c.page_bytes, grid.box_rows);
-  launch(tiles_kernel<D_k, D_v>, unsigned(grid.pieces), threads, TileShape<D_k, D_v>::shared_bytes, stream, c, map, grid);
+  const int blocks = std::min(grid.pieces, c.processors);
+  launch(tiles_kernel<D_k, D_v>, unsigned(blocks), threads, TileShape<D_k, D_v>::shared_bytes, stream, c, map, grid);
 }
 
 TileGrid grid_of(const AttentionCall& c) {
