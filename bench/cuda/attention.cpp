@@ -69,7 +69,9 @@ void run(const Shape& s, const GpuBuffer& flush, int processors) {
   call.n_h = s.n_h, call.processors = processors, call.causal = true, call.scale = 1 / std::sqrt(float(s.d_k));
   call.o = reinterpret_cast<float*>(o.data()), call.o_row = s.n_h * s.d_v, call.o_head = s.d_v;
   call.lse = reinterpret_cast<float*>(lse.data()), call.lse_row = s.n_h, call.lse_head = 1;
-  const GpuBuffer scratch(attend_tiles_scratch_bytes(call));
+  const GpuBuffer scratch(attend_tiles_scratch_bytes(call)), taken(sizeof(unsigned));
+  check(cudaMemset(taken.data(), 0, taken.bytes()));
+  call.taken = reinterpret_cast<unsigned*>(taken.data());
   attend_tiles(call, scratch.data(), nullptr);
   const double error = compare(call, download<float>(o.data(), n * n_h * size_t(s.d_v)));
 

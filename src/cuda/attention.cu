@@ -132,6 +132,7 @@ void CudaDevice::attend(Tensor q, const Kv& kv, Spans spans, Mask mask, float sc
   c.processors = properties_.multiProcessorCount;
   c.base = kv.base, c.page_bytes = kv.page_bytes, c.page_tokens = kv.page_tokens, c.format = RowFormat(kv.format);
   c.causal = mask.causal, c.window = mask.window, c.scale = scale, c.merge = how == Attend::merge;
+  c.taken = reinterpret_cast<unsigned*>(attention_taken_.data());
   c.o = o.f32(), c.o_row = o.stride[0], c.o_head = o.stride[1];
   c.lse = lse.f32(), c.lse_row = lse.stride[0], c.lse_head = lse.stride[1];
   if (const SpanTable* staged = inputs_.find(spans, kv.page_tokens)) {

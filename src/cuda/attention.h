@@ -28,6 +28,7 @@ struct AttentionCall {
   int64_t lse_row, lse_head;
   int64_t split_o, split_lse;  // between results of splits of the context
   bool merge;
+  unsigned* taken;  // pieces of work, a counter that is 0 between kernels
 };
 
 // By plain instructions: a block for each query and head.

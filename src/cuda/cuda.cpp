@@ -47,8 +47,10 @@ CudaDevice::CudaDevice(int index)
       staging_(stream_, threads_),
       inputs_(stream_),
       graphs_(stream_),
-      gate_exchange_(few_rows * most_experts * 4) {
+      gate_exchange_(few_rows * most_experts * 4),
+      attention_taken_(sizeof(unsigned)) {
   check(cudaMemsetAsync(gate_exchange_.data(), 0xff, gate_exchange_.bytes(), stream_));
+  check(cudaMemsetAsync(attention_taken_.data(), 0, attention_taken_.bytes(), stream_));
   check(cudaEventCreateWithFlags(&choice_.made, cudaEventDisableTiming));
   step_tokens = 4096, tile_bytes = int64_t(1) << 30;
 }

@@ -89,6 +89,7 @@ class CudaDevice final : public Device {
   StagedInputs inputs_;
   StepGraphs graphs_;
   GpuBuffer gate_exchange_;             // Gate::exchange
+  GpuBuffer attention_taken_;           // AttentionCall::taken
   const void* fresh_choice_ = nullptr;  // of the last routing, until another product has been launched
   uint64_t key_ = 0;                    // of the step that runs
   Choice choice_;

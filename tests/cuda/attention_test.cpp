@@ -100,6 +100,8 @@ class AttentionTest : public testing::TestWithParam<Case> {
     call.n_h = c.n_h, call.processors = processors, call.causal = c.mask.causal, call.window = c.mask.window, call.scale = scale;
     call.o = reinterpret_cast<float*>(o.data()), call.o_row = c.n_h * c.d_v, call.o_head = c.d_v;
     call.lse = reinterpret_cast<float*>(lse.data()), call.lse_row = c.n_h, call.lse_head = 1;
+    const GpuBuffer taken = upload<unsigned>(std::vector<unsigned>{0});
+    call.taken = reinterpret_cast<unsigned*>(taken.data());
     auto attend = [&] {
       if (tiles) {
         ASSERT_TRUE(attend_tiles_takes(call));
@@ -111,6 +113,7 @@ class AttentionTest : public testing::TestWithParam<Case> {
         attend_portable(call, nullptr);
       }
       check(cudaDeviceSynchronize());
+      EXPECT_EQ(download<unsigned>(taken.data(), 1)[0], 0u);
     };
     call.spans.count = int(table.size()), call.one = table[0], call.page = page_list[0];
     for (const Span& s : spans)
