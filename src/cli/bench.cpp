@@ -270,12 +270,15 @@ void print(const std::vector<Row>& rows, const std::vector<OpTime>& ops, const B
     Json out{{"model", o.model.path}, {"device", session.device().describe()}, {"kv_type", o.model.kv_type_name}, {"rows", Json::array()}};
     out["cache_bytes_per_token"] =
         KvFormat{session.config().kv_layout(), o.model.kv_type()}.row_bytes() * session.config().num_hidden_layers;
+    out["loaded_bytes"] = session.loaded_bytes(), out["loading_seconds"] = session.loading_seconds();
     for (const Row& row : rows) out["rows"].push_back(to_json(row));
     if (o.ops) out["ops"] = to_json(ops);
     print_json(out);
   } else {
     if (!rows.empty())
-      fmt::print("{}; cache in {}; medians of {}\n\n{}", session.device().describe(), o.model.kv_type_name, o.repeat, table_of(rows));
+      fmt::print("{}; cache in {}; medians of {}; {:.1f} GB loaded in {:.1f} s, {:.1f} GB/s\n\n{}", session.device().describe(),
+                 o.model.kv_type_name, o.repeat, 1e-9 * session.loaded_bytes(), session.loading_seconds(),
+                 1e-9 * session.loaded_bytes() / session.loading_seconds(), table_of(rows));
     if (!ops.empty()) fmt::print("\n{}", table_of(ops));
   }
   std::fflush(stdout);

@@ -26,6 +26,9 @@ class Session {
 
   const Checkpoint& checkpoint() const { return checkpoint_; }
   Device& device() { return *device_; }
+  // Weights as the file has them, and how long it took until the device had them.
+  double loaded_bytes() const { return loaded_bytes_; }
+  double loading_seconds() const { return loading_seconds_; }
   Model& model() { return *model_; }
   const Config& config() const { return model_->config(); }
   const Tokenizer* tokenizer() const { return tokenizer_ ? &*tokenizer_ : nullptr; }
@@ -46,6 +49,7 @@ class Session {
   std::unique_ptr<Device> device_;
   std::unique_ptr<Model> model_;
   std::unique_ptr<DumpFile> dump_;
+  double loaded_bytes_ = 0, loading_seconds_ = 0;
 };
 
 // What a run did, for the last line on stderr and for JSON.
