@@ -50,9 +50,10 @@ __global__ void __launch_bounds__(256)
 int splits_of(const AttentionCall& c, int pieces) {
   constexpr int most = 32;  // a warp's lanes
   const int tiles = int(ceil_div(c.most_seen, tile));
-  auto cost = [&](int s) { return double(ceil_div(int64_t(pieces) * s, c.processors)) * (1.0 / s + 0.02); };
+  constexpr double joining = 2.5;  // in tiles
+  auto cost = [&](int s) { return double(ceil_div(int64_t(pieces) * s, c.processors)) * (1.0 / s + 0.02) * tiles + (s > 1 ? joining : 0); };
   int best = 1;
-  double least = 0.8 * cost(1);
+  double least = cost(1);
   for (int s = 2; s <= std::min(most, tiles / fewest_split) && pieces < c.processors; ++s)
     if (cost(s) < least) best = s, least = cost(s);
   return best;
