@@ -51,6 +51,7 @@ Weight random_weight(Device& device, const Shape& s) {
 
 struct Row {
   const char* name;
+  DType type;
   int64_t tokens;
   double us, bytes, ops;
   Ceilings ceilings;
@@ -58,8 +59,11 @@ struct Row {
 
 void print(const Row& r) {
   const double gb_s = r.bytes / r.us * 1e-3, gop_s = r.ops / r.us * 1e-3;
+  const double rate = is_quantised(r.type)    ? r.ceilings.int8_gop_s
+                      : r.type == DType::bf16 ? r.ceilings.bf16_gflop_s
+                                              : r.ceilings.f32_gflop_s;
   std::printf("%-28s %5lld %10.1f us %8.1f GB/s %4.0f%% %9.1f GOP/s %4.0f%%\n", r.name, static_cast<long long>(r.tokens), r.us, gb_s,
-              100 * gb_s / r.ceilings.read_gb_s, gop_s, 100 * gop_s / r.ceilings.int8_gop_s);
+              100 * gb_s / r.ceilings.read_gb_s, gop_s, 100 * gop_s / rate);
   std::fflush(stdout);
 }
 
@@ -96,7 +100,7 @@ void bench_linear(Device& device, const Options& options, const Shape& s) {
     const double us = median_us(0.4, [&](int i) {
       device.linear(view(x.data(), DType::f32, {n, s.cols}), matrix(w, i), {}, view(y.data(), DType::f32, {n, s.rows}));
     });
-    print({s.name, n, us, double(w.matrix_bytes), 2.0 * double(n * s.rows * s.cols), c});
+    print({s.name, s.type, n, us, double(w.matrix_bytes), 2.0 * double(n * s.rows * s.cols), c});
   }
 }
 
@@ -130,7 +134,7 @@ void bench_experts(Device& device, const Options& options) {
       device.ffn(view(x.data(), DType::f32, {n, d}), w, &routing, view(y.data(), DType::f32, {n, d}));
     });
     const double one = double(w.gate.matrix_bytes + w.up.matrix_bytes + w.down.matrix_bytes);
-    print({"experts 6 of 64, 1408x2048", n, us, read / rounds * one, 6.0 * double(n * k * d * width), c});
+    print({"experts 6 of 64, 1408x2048", options.type, n, us, read / rounds * one, 6.0 * double(n * k * d * width), c});
   }
 }
 

@@ -208,27 +208,29 @@ Json to_json(const Row& row) {
 }
 
 std::string table_of(const std::vector<Row>& rows) {
-  Table table{
-      {"phase", "prompt", "depth", "batch", "tok/s", "ms a pass", "share of the limit", "limit", "read GB/s", "int8 Gop/s", "f32 GFLOP/s"},
-      {}};
+  Table table{{"phase", "prompt", "depth", "batch", "tok/s", "ms a pass", "share of the limit", "limit", "read GB/s", "int8 Gop/s",
+               "bf16 GFLOP/s", "f32 GFLOP/s"},
+              {}};
   for (const Row& row : rows) {
     const double tok_s = median(row.tok_s), tokens = double(row.phase == "decode" ? row.batch : row.prompt);
     table.rows.push_back({row.phase, row.prompt ? std::to_string(row.prompt) : "–", std::to_string(row.depth), std::to_string(row.batch),
                           rate_text(tok_s), rate_text(1e3 * tokens / tok_s), fmt::format("{:.2f}", median(row.share)),
                           row.phase == "decode" ? bytes_text(row.bytes) : fmt::format("{} Gop", rate_text(row.ops / 1e9)),
                           rate_text(middle(row.ceilings, &Ceilings::read_gb_s)), rate_text(middle(row.ceilings, &Ceilings::int8_gop_s)),
+                          rate_text(middle(row.ceilings, &Ceilings::bf16_gflop_s)),
                           rate_text(middle(row.ceilings, &Ceilings::f32_gflop_s))});
   }
   return table.text();
 }
 
 std::string table_of(const std::vector<OpTime>& times) {
-  Table table{{"operation", "tokens", "us", "GB/s", "of read", "Gop/s", "of int8", "of f32"}, {}};
+  Table table{{"operation", "tokens", "us", "GB/s", "of read", "Gop/s", "of int8", "of bf16", "of f32"}, {}};
   for (const OpTime& t : times) {
     const double gb_s = t.bytes / t.us / 1e3, gop_s = t.ops / t.us / 1e3;
     auto of = [](double x, double limit) { return limit > 0 ? fmt::format("{:.2f}", x / limit) : std::string("–"); };
     table.rows.push_back({t.op, std::to_string(t.tokens), rate_text(t.us), rate_text(gb_s), of(gb_s, t.ceilings.read_gb_s),
-                          rate_text(gop_s), of(gop_s, t.ceilings.int8_gop_s), of(gop_s, t.ceilings.f32_gflop_s)});
+                          rate_text(gop_s), of(gop_s, t.ceilings.int8_gop_s), of(gop_s, t.ceilings.bf16_gflop_s),
+                          of(gop_s, t.ceilings.f32_gflop_s)});
   }
   return table.text();
 }
@@ -243,6 +245,7 @@ Json to_json(const std::vector<OpTime>& times) {
                    {"ops", t.ops},
                    {"read_gb_s", t.ceilings.read_gb_s},
                    {"int8_gop_s", t.ceilings.int8_gop_s},
+                   {"bf16_gflop_s", t.ceilings.bf16_gflop_s},
                    {"f32_gflop_s", t.ceilings.f32_gflop_s}});
   return out;
 }

@@ -7,16 +7,19 @@
 namespace mla {
 namespace {
 
-// While it lives, the thread has eight tiles of 16 rows of 64 bytes.
-struct WholeTiles {
-  WholeTiles() {
+// While it lives, the thread has eight tiles, each of so many rows of 64 bytes. A product takes a cycle for each row of its first factor.
+struct Tiles {
+  explicit Tiles(const uint8_t (&rows)[8]) {
     alignas(64) uint8_t config[64] = {1};  // the palette; from 16 on row bytes, of 16 bits each, from 48 on rows
-    for (int i = 0; i < 8; ++i) config[48 + i] = 16, config[16 + 2 * i] = 64;
+    for (int i = 0; i < 8; ++i) config[48 + i] = rows[i], config[16 + 2 * i] = 64;
     asm volatile("ldtilecfg (%0)" ::"r"(config) : "memory");
   }
-  ~WholeTiles() { asm volatile("tilerelease"); }
-  WholeTiles(const WholeTiles&) = delete;
-  WholeTiles& operator=(const WholeTiles&) = delete;
+  ~Tiles() { asm volatile("tilerelease"); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+struct WholeTiles : Tiles {
+  WholeTiles() : Tiles({16, 16, 16, 16, 16, 16, 16, 16}) {}
 };
 
 // Rows of a tile are `step` bytes apart.

@@ -83,7 +83,7 @@ Inputs write_inputs(CpuDevice& device, const PackedShape& shape, const Plan& pla
   auto* tiled = static_cast<std::byte*>(device.scratch().bytes(size_t(plan.places * bytes)));
   auto gather = [&](int64_t e, int) {
     const Plan::Expert& expert = plan.experts[e];
-    for_tiles(expert.count, 0, expert.count, shape.acts.tile, [&](int64_t at, int tokens) {
+    for_tiles(shape.acts, expert.count, 0, expert.count, [&](int64_t at, int tokens) {
       if (tokens == 1) return;
       std::byte* to = tiled + (expert.first + at) * bytes;
       for (int64_t b = 0; b < shape.records(); ++b)
@@ -102,7 +102,8 @@ void gate_and_up(CpuDevice& device, const FfnWeights& w, const PackedShape& gate
   const int64_t width = w.gate.rows, average = (plan.places + plan.active - 1) / plan.active;
   // An even number of groups, so that a piece fills whole blocks of down's activations.
   const int64_t piece =
-      (groups_per_piece(gate.groups * plan.active, gate.group_bytes + up.group_bytes, average, device.threads().count()) + 1) / 2 * 2;
+      (groups_per_piece(gate.acts, gate.groups * plan.active, gate.group_bytes + up.group_bytes, average, device.threads().count()) + 1) /
+      2 * 2;
   const int64_t pieces = (gate.groups + piece - 1) / piece;
   share_out(device.threads(), plan.active * pieces, [&](int64_t item, int) {
     const Plan::Expert& expert = plan.experts[item / pieces];
@@ -112,7 +113,7 @@ void gate_and_up(CpuDevice& device, const FfnWeights& w, const PackedShape& gate
     const std::byte* gate_at = w.gate.data + expert.expert * w.gate.matrix_bytes + first * gate.group_bytes;
     const std::byte* up_at = w.up.data + expert.expert * w.up.matrix_bytes + first * up.group_bytes;
     alignas(64) float g[most_tokens * most_groups * lanes], u[most_tokens * most_groups * lanes];
-    for_tiles(expert.count, 0, expert.count, gate.acts.tile, [&](int64_t at, int tokens) {
+    for_tiles(gate.acts, expert.count, 0, expert.count, [&](int64_t at, int tokens) {
       const int64_t place = expert.first + at;
       multiply_tile(gate, {gate_at, gate.group_bytes, groups, x.tile(gate, plan, place, tokens), tokens, gate.units, at == 0, up_at, g,
                            groups * lanes});
@@ -133,7 +134,7 @@ void down_and_add(CpuDevice& device, const FfnWeights& w, const PackedShape& dow
                   const Tensor& out) {
   const int64_t average = (plan.places + plan.active - 1) / plan.active;
   const int64_t few = average <= 4 ? std::min<int64_t>(plan.active, 4) : 1;  // a piece reads its rows of every expert
-  const int64_t piece = groups_per_piece(down.groups, down.group_bytes * few, average, device.threads().count());
+  const int64_t piece = groups_per_piece(down.acts, down.groups, down.group_bytes * few, average, device.threads().count());
   share_out(device.threads(), (down.groups + piece - 1) / piece, [&](int64_t item, int) {
     const int64_t first = item * piece, groups = std::min(piece, down.groups - first),
                   rows = std::min(groups * lanes, w.down.rows - first * lanes);
@@ -142,7 +143,7 @@ void down_and_add(CpuDevice& device, const FfnWeights& w, const PackedShape& dow
     for (int64_t e = 0; e < plan.active; ++e) {
       const Plan::Expert& expert = plan.experts[e];
       const std::byte* next = e + 1 < plan.active ? weights_of(e + 1) : weights_of(0) + groups * down.group_bytes;
-      for_tiles(expert.count, 0, expert.count, down.acts.tile, [&](int64_t at, int tokens) {
+      for_tiles(down.acts, expert.count, 0, expert.count, [&](int64_t at, int tokens) {
         const int64_t place = expert.first + at;
         multiply_tile(down, {weights_of(e), down.group_bytes, groups, hidden + place * down.token_bytes(), tokens, down.units, at == 0,
                              next, y, groups * lanes});

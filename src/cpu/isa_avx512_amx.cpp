@@ -1,4 +1,4 @@
-// The kernels for AVX-512 with VNNI, and attention on the tiles of AMX, as in Sapphire Rapids.
+// The kernels for AVX-512 with VNNI; attention and products with bf16 weights on the tiles of AMX, as in Sapphire Rapids.
 #include "cpu/leaf.h"
 
 namespace mla {

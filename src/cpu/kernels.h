@@ -40,13 +40,14 @@ struct I8Block {
 };
 static_assert(sizeof(I8Block) == 48);
 
-// A tile of activations is [block][token] of records; `tokens` is at most the format's tile.
+// A tile of activations is [block][token] of records.
 struct ActFormat {
   ActKind kind;
-  int offset;       // i8: what the stored codes count from
-  bool halves;      // i8: the weight has a scale for every 16 columns
-  int block_bytes;  // of one token's record
-  int tile;         // tokens that one pass over the weights serves
+  int offset;               // i8: what the stored codes count from
+  bool halves;              // i8: the weight has a scale for every 16 columns
+  int block_bytes;          // of one token's record
+  int tile;                 // the most tokens that one pass over the weights serves
+  bool any_tokens = false;  // whether fewer may be any number; else they are powers of two
   bool operator==(const ActFormat&) const = default;
 };
 
@@ -56,7 +57,7 @@ struct Product {
   int64_t group_bytes;
   int64_t groups;
   const std::byte* acts;
-  int tokens;             // any of 1, 2, 4, 8 up to the format's tile
+  int tokens;             // a number that the format has tiles of
   int64_t units;          // packed units along the columns
   bool fetch;             // bring weights closer: they come from memory
   const std::byte* next;  // what the caller reads afterwards, fetched towards the end; may be null

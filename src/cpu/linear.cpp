@@ -57,7 +57,7 @@ void multiply_piece(CpuDevice& device, const Activations& in, const Job& job, in
   const int64_t groups = std::min(job.piece, shape.groups - first), from = item % token_pieces * tokens_per_piece;
   const int64_t rows = std::min(groups * lanes, job.w->rows - first * lanes);
   alignas(64) float out[most_tokens * most_groups * lanes];
-  for_tiles(in.n, from, std::min(in.n, from + tokens_per_piece), shape.acts.tile, [&](int64_t at, int tokens) {
+  for_tiles(shape.acts, in.n, from, std::min(in.n, from + tokens_per_piece), [&](int64_t at, int tokens) {
     multiply_tile(shape, {job.w->data + h * job.w->matrix_bytes + first * shape.group_bytes, shape.group_bytes, groups,
                           job.acts + (h * in.n + at) * shape.token_bytes(), tokens, shape.units, at == from, nullptr, out, groups * lanes});
     for (int t = 0; t < tokens; ++t)
@@ -72,13 +72,13 @@ void multiply(CpuDevice& device, const Activations& in, std::span<Job> jobs) {
   ArenaScope scope(device.scratch());
   const int64_t token_pieces = (in.n + tokens_per_piece - 1) / tokens_per_piece;
   int64_t items = 0, groups = 0;
-  for (const Job& job : jobs) groups += job.shape.groups * in.heads;
+  for (const Job& job : jobs) groups += job.shape.groups * in.heads * token_pieces;
   for (Job& job : jobs) {
     CHECK(job.shape.product, "no products with {} weights", info(job.w->dtype).name);
     for (const Job* other = jobs.data(); other != &job; ++other)
       if (other->shape.acts == job.shape.acts && other->shape.blocks == job.shape.blocks) job.acts = other->acts;
     if (!job.acts) job.acts = write_acts(device, in, job);
-    job.piece = groups_per_piece(groups, job.shape.group_bytes, in.n, device.threads().count());
+    job.piece = groups_per_piece(job.shape.acts, groups, job.shape.group_bytes, in.n, device.threads().count());
     job.row_pieces = (job.shape.groups + job.piece - 1) / job.piece;
     job.items = in.heads * job.row_pieces * token_pieces;
     items += job.items;

@@ -406,23 +406,29 @@ struct BF16 {
 
 constexpr int64_t weights_ahead = 8192;  // ahead of the unit at work: about the latency of memory at a core's share of bandwidth
 
+// Of G groups at work on the unit at w, the first's, whose row ends at row_end.
+template <int G>
+inline Ahead<G> ahead_of(const Product& p, const std::byte* w, const std::byte* row_end) {
+  const std::byte* const end = p.weights + p.groups * p.group_bytes;
+  Ahead<G> ahead{};
+  for (int g = 0; g < G && p.fetch; ++g) {
+    const std::byte* at = w + weights_ahead / G;
+    at += (at < row_end ? g : g + G - 1) * p.group_bytes;  // a row that ends goes on G rows further
+    ahead.at[g] = at < end || !p.next ? at : at + (p.next - end);
+  }
+  return ahead;
+}
+
 // Groups [first, first + G).
 template <class Format, int T, int G>
 inline void product_groups(const Product& p, int64_t first) {
   constexpr PackedFormat packed = packed_format(Format::type);
   constexpr int64_t unit_acts = int64_t(packed.unit_cols / act_block) * T * Format::acts.block_bytes;
   const std::byte *w = p.weights + first * p.group_bytes, *acts = p.acts;
-  const std::byte *const row_end = w + p.group_bytes, *const end = p.weights + p.groups * p.group_bytes;
+  const std::byte* const row_end = w + p.group_bytes;
   Sums<T, G> sums(p.out + 16 * first, p.stride);
-  for (int64_t u = 0; u < p.units; ++u, w += packed.unit_bytes, acts += unit_acts) {
-    Ahead<G> ahead{};
-    for (int g = 0; g < G && p.fetch; ++g) {
-      const std::byte* at = w + weights_ahead / G;
-      at += (at < row_end ? g : g + G - 1) * p.group_bytes;  // a row that ends goes on G rows further
-      ahead.at[g] = at < end || !p.next ? at : at + (p.next - end);
-    }
-    Format::template multiply<T, G>(Groups<G>{w, p.group_bytes}, acts, sums, ahead);
-  }
+  for (int64_t u = 0; u < p.units; ++u, w += packed.unit_bytes, acts += unit_acts)
+    Format::template multiply<T, G>(Groups<G>{w, p.group_bytes}, acts, sums, ahead_of<G>(p, w, row_end));
   sums.finish();
 }
 

@@ -1,5 +1,5 @@
-// Tokens of a product cut into tiles: as many as one pass over the weights serves, then ever smaller powers of two. A tile's activations
-// are [pass][block][token] of records.
+// Tokens of a product cut into tiles: as many as one pass over the weights serves, then those that are left, in one tile or in ever smaller
+// powers of two. A tile's activations are [pass][block][token] of records.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -30,17 +30,18 @@ struct PackedShape {
 };
 
 // The tile that starts at token `at` of n.
-inline int tile_tokens(int64_t n, int64_t at, int most) {
-  int tokens = most;
+inline int tile_tokens(const ActFormat& format, int64_t n, int64_t at) {
+  int tokens = format.tile;
+  if (format.any_tokens) return int(std::min<int64_t>(tokens, n - at));
   while (tokens > n - at) tokens /= 2;
   return tokens;
 }
 
 // Calls f(first token, tokens) for each tile of [from, to) of n tokens; from and to are multiples of the largest tile, or n.
 template <class F>
-void for_tiles(int64_t n, int64_t from, int64_t to, int most, F f) {
+void for_tiles(const ActFormat& format, int64_t n, int64_t from, int64_t to, F f) {
   for (int64_t at = from; at < to;) {
-    const int tokens = tile_tokens(n, at, most);
+    const int tokens = tile_tokens(format, n, at);
     f(at, tokens);
     at += tokens;
   }
@@ -52,10 +53,9 @@ struct TokenRecords {
   int64_t offset, step, second;
 };
 inline TokenRecords token_records(const PackedShape& shape, int64_t n, int64_t i) {
-  const int most = shape.acts.tile;
-  int64_t at = i / most * most;
-  int tokens = tile_tokens(n, at, most);
-  while (i >= at + tokens) at += tokens, tokens = tile_tokens(n, at, most);
+  int64_t at = i / shape.acts.tile * shape.acts.tile;
+  int tokens = tile_tokens(shape.acts, n, at);
+  while (i >= at + tokens) at += tokens, tokens = tile_tokens(shape.acts, n, at);
   const int64_t step = int64_t(tokens) * shape.acts.block_bytes;
   return {at * shape.token_bytes() + (i - at) * shape.acts.block_bytes, step, shape.blocks * step};
 }
@@ -75,7 +75,7 @@ inline void write_records(const Kernels& kernels, const PackedShape& shape, cons
 }
 
 constexpr int most_groups = 16;  // of one piece of work: its results for a tile of tokens stay in the first-level cache
-constexpr int most_tokens = 8;
+constexpr int most_tokens = 32;
 
 // The product of a tile, in as many passes as its activations have.
 inline void multiply_tile(const PackedShape& shape, const Product& p) {
@@ -92,10 +92,13 @@ inline void multiply_tile(const PackedShape& shape, const Product& p) {
 
 // Groups in a piece of work. Few tokens: enough bytes for a stream, few enough to end together. Many: what stays in the
 // second-level cache while tiles of tokens pass over it. Either way several pieces for each thread.
-inline int64_t groups_per_piece(int64_t groups, int64_t group_bytes, int64_t tokens, int threads) {
-  const int64_t bytes = tokens <= 4 ? int64_t(48) << 10 : int64_t(192) << 10;
+inline int64_t groups_per_piece(const ActFormat& format, int64_t groups, int64_t group_bytes, int64_t tokens, int threads) {
+  // Wide tiles are of units that multiply so fast that it shows how often activations are read; they take groups in pairs.
+  const bool wide = format.tile > 8 && tokens > 16;
+  const int64_t bytes = int64_t(wide ? 512 : tokens > 4 ? 192 : 48) << 10;
   const int64_t share = std::max<int64_t>(1, groups / (4 * threads));
-  return std::clamp<int64_t>(bytes / std::max<int64_t>(1, group_bytes), 1, std::min<int64_t>(share, most_groups));
+  const int64_t piece = std::clamp<int64_t>(bytes / std::max<int64_t>(1, group_bytes), 1, std::min<int64_t>(share, most_groups));
+  return wide ? (piece + 1) / 2 * 2 : piece;
 }
 
 }  // namespace mla

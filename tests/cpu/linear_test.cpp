@@ -150,7 +150,7 @@ TEST_P(LinearTest, is_exact_for_whole_activations) {
 
 TEST_P(LinearTest, does_not_depend_on_batch_or_threads) {
   if (!GetParam().machine.kernels) GTEST_SKIP() << "on a GPU few rows go other ways than many";
-  const int64_t rows = 83, cols = is_quantised(GetParam().type) ? 512 : 200, n = 61;
+  const int64_t rows = 595, cols = is_quantised(GetParam().type) ? 512 : 1100, n = 77;
   Fixture f(GetParam().type, 1, rows, cols, 11);
   const auto x = ref::random_floats(n * cols, 12);
   auto run = [&](Device& device, const Weight& w, int64_t first, int64_t count, std::vector<float>& y) {
