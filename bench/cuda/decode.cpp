@@ -1,8 +1,9 @@
 // Absorbed decode on the GPU: checks each shape against the portable kernel, then times it beside the machine's limits and FlashMLA's
 // figures (bf16), or the bf16 cache (fp8).
-//   bench_cuda_decode [bf16 or fp8, or bf16-clean or fp8-clean] [part of a shape's name] [what an item costs, in tiles] [fewest tiles of a piece]
-// A shape's name is heads x batch x queries x context, as 16x64x1x4096. Runs start behind an L2 cache full of what a memset wrote, which has to go
-// to memory first, as the protocol of the figures has it; with -clean what is there has been read and can be dropped.
+//   bench_cuda_decode [bf16 or fp8, or bf16-clean or fp8-clean] [part of a shape's name] [what an item costs, in tiles] [fewest tiles of a
+//   piece]
+// A shape's name is heads x batch x queries x context, as 16x64x1x4096. Runs start behind an L2 cache full of what a memset wrote, which
+// has to go to memory first, as the protocol of the figures has it; with -clean what is there has been read and can be dropped.
 #include "cuda/decode.h"
 #include "core/check.h"
 #include "core/random.h"

@@ -1,4 +1,5 @@
-// Attention over separate keys and values on Hopper: how it is cut into pieces (attention_tiles.cuh), and how parts of a context are joined.
+// Attention over separate keys and values on Hopper: how it is cut into pieces (attention_tiles.cuh), and how parts of a context are
+// joined.
 #include "cuda/attention_tiles.cuh"
 #include "cuda/tensor_map.h"
 

@@ -11,7 +11,7 @@
 namespace mla::cuda {
 namespace {
 
-constexpr int threads = 384, group_rows = 64, block_rows = 2 * group_rows, tile = 128, stages = 2;
+constexpr int threads = 384, consumers = 256, group_rows = 64, block_rows = 2 * group_rows, tile = 128, stages = 2;
 constexpr int box_bytes = tile * 128;  // 64 columns of a tile
 // Pieces that a block remembers. Copies are at most two tiles, so two pieces, ahead of the products; one more is handed out before them,
 // and one is stored beside the next one's first tile.
@@ -30,7 +30,7 @@ struct TileShape {
 struct TileWork;
 struct TileBarriers {
   uint64_t k_full[stages], k_empty[stages], v_full[stages], v_empty[stages];
-  uint64_t work[works], wanted;  // a piece has been handed out; the next may be
+  uint64_t work[works], done[works], wanted;  // a piece has been handed out; nobody reads of it any more; the next may be
 };
 
 extern __shared__ __align__(1024) uint8_t tiles_memory[];
@@ -113,6 +113,7 @@ __device__ void load_tiles(const AttentionCall& c, int box_rows, const CUtensorM
   for (int i = 0, n = 0;; ++i) {
     if (Many) memory.wait_work(i);
     const TileWork w = Many ? memory.work(i) : only;
+    if (Many) barrier_arrive(&b.done[i % works]);
     auto part = [&](uint64_t* full, uint8_t* to, int boxes, int column, int first) {
       const int cuts = (min(tile, w.span.kv_count - first) + box_rows - 1) / box_rows;
       barrier_expect(full, cuts * boxes * box_rows * 128);
@@ -185,6 +186,7 @@ __device__ void hand_out(const AttentionCall& c, const TileGrid& g) {
       store_nothing<D_v>(c, w, g.splits);
       w = TileWork{};
     }
+    if (i >= works) barrier_wait(&b.done[i % works], (i / works - 1) & 1);
     if (threadIdx.x % 32 == 0) {
       memory.work(i) = w;
       barrier_arrive(&b.work[i % works]);
@@ -390,6 +392,7 @@ struct TileGroup {
       begins = Many && fresh;
       if (Many && fresh) {
         store(o, *old, old_sums);
+        barrier_arrive(&b.done[(pieces - 2) % works]);
       } else if (__any_sync(~0u, factor[0] != 1 || factor[1] != 1)) {
 #pragma unroll
         for (int i = 0; i < S::o_registers; ++i) o[i] *= factor[i / 2 % 2];
@@ -472,7 +475,7 @@ __global__ void __launch_bounds__(threads, 1)
       barrier_init(&b.k_full[i], 1), barrier_init(&b.v_full[i], 1);
       barrier_init(&b.k_empty[i], 8), barrier_init(&b.v_empty[i], 8);
     }
-    for (uint64_t& work : b.work) barrier_init(&work, 1);
+    for (int i = 0; i < works; ++i) barrier_init(&b.work[i], 1), barrier_init(&b.done[i], consumers + 1);
     barrier_init(&b.wanted, 1);
     barrier_init_done();
   }

@@ -32,8 +32,8 @@ struct GemmShape {
   static constexpr int most_steps = room / (step_bytes + matrices * scale_bytes), steps = most_steps > 8 ? 8 : most_steps;
   static constexpr int scales_at = steps * step_bytes;
   static constexpr int shared_bytes = scales_at + steps * matrices * scale_bytes + 1024;
-  static constexpr int scale_lanes = codes ? 32 : 0;   // that bring scales
-  static constexpr int readers = 2 * (codes ? 4 : 1);  // that say that a step has been read: warps of codes, else warpgroups
+  static constexpr int scale_lanes = codes ? 32 : 0;  // that bring scales
+  static constexpr int readers = codes ? 256 : 2;     // that say that a step has been read: all who read its scales, or one of a warpgroup
   static constexpr int loader_registers = blocks == 2 ? 48 : codes ? 72 : 40, group_registers = blocks == 2 ? 96 : codes ? 216 : 232;
 };
 
@@ -74,9 +74,14 @@ __device__ inline void put(const Product& p, const Run& run, int row, int begin,
   const int64_t base = p.runs ? run.first * to.row : (run.first - run.matrix * p.n) * to.row + run.matrix * to.head;
   const bool whole = r + 4 <= rows && to.row % 4 == 0 && base % 4 == 0 && reinterpret_cast<uintptr_t>(to.data) % 16 == 0;
   for (int t = begin + int(threadIdx.x) / 32; t < min(end, run.count); t += consumers / 32) {
-    float y[4];
+    alignas(16) float y[4];
+    const float* sum = sums + t * put_pitch;
+    if (to.code_order) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) y[j] = sums[t * put_pitch + (to.code_order ? code_column(lane * 4 + j) : lane * 4 + j)];
+      for (int j = 0; j < 4; j += 2) *reinterpret_cast<float2*>(y + j) = *reinterpret_cast<const float2*>(sum + code_column(lane * 4 + j));
+    } else {
+      *reinterpret_cast<float4*>(y) = *reinterpret_cast<const float4*>(sum + lane * 4);
+    }
     const int64_t at = base + t * to.row + r;
     if (to.bf16) {
       auto* out = static_cast<__nv_bfloat16*>(to.data) + at;
@@ -181,7 +186,7 @@ struct GemmGroup {
 
   __device__ static uint8_t* step(int slot) { return gemm_memory + slot * S::step_bytes; }
   __device__ void free(int slot) const {
-    if (int(threadIdx.x) % (256 / S::readers) == 0) barrier_arrive(&empty[slot]);
+    if (S::codes || threadIdx.x % 128 == 0) barrier_arrive(&empty[slot]);
   }
 
   // bf16 from shared memory.
