@@ -26,7 +26,7 @@ class Session {
 
   const Checkpoint& checkpoint() const { return checkpoint_; }
   Device& device() { return *device_; }
-  // Weights as the file has them, and how long it took until the device had them.
+  // All tensors of the file, as it has them, and how long it took until the device had what the model wants.
   double loaded_bytes() const { return loaded_bytes_; }
   double loading_seconds() const { return loading_seconds_; }
   Model& model() { return *model_; }

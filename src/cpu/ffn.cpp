@@ -169,13 +169,17 @@ void CpuDevice::ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tenso
       "{} tokens routed by {}", n, mla::describe(routing->expert));
   if (n == 0) return;
   ArenaScope scope(scratch_);
-  const PackedShape gate(kernels_, activations, w.gate), up(kernels_, activations, w.up), down(kernels_, activations, w.down);
+  PackedShape gate(kernels_, activations, w.gate), up(kernels_, activations, w.up);
+  const PackedShape down(kernels_, activations, w.down);
+  // Gate and up of other types want activations of their own, cut into the same tiles.
+  const bool same = w.up.dtype == w.gate.dtype;
+  if (!same) {
+    gate.acts.tile = up.acts.tile = std::min({gate.acts.tile, up.acts.tile, 8});
+    gate.acts.any_tokens = up.acts.any_tokens = false;
+  }
   const Plan plan = routing ? plan_routed(scratch_, *routing, n, w.gate.count) : plan_dense(scratch_, n);
   if (plan.places == 0) return;
   const Inputs inputs = write_inputs(*this, gate, plan, x);
-  // Gate and up of other types want activations of their own; tiles are cut alike, since a machine has few sizes of them.
-  const bool same = w.up.dtype == w.gate.dtype;
-  CHECK(up.acts.tile == gate.acts.tile, "gate {} and up {} do not go together", info(w.gate.dtype).name, info(w.up.dtype).name);
   const Inputs others = same ? inputs : write_inputs(*this, up, plan, x);
   auto* hidden = static_cast<std::byte*>(scratch_.bytes(size_t(plan.places * down.token_bytes())));
   gate_and_up(*this, w, gate, up, down, plan, inputs, same ? nullptr : &others, hidden);

@@ -72,7 +72,8 @@ void multiply(CpuDevice& device, const Activations& in, std::span<Job> jobs) {
   ArenaScope scope(device.scratch());
   const int64_t token_pieces = (in.n + tokens_per_piece - 1) / tokens_per_piece;
   int64_t items = 0, groups = 0;
-  for (const Job& job : jobs) groups += job.shape.groups * in.heads * token_pieces;
+  // Pieces of many tokens are work, too, where a piece is so soon done that rows in larger ones pay.
+  for (const Job& job : jobs) groups += job.shape.groups * in.heads * (job.shape.acts.any_tokens ? token_pieces : 1);
   for (Job& job : jobs) {
     CHECK(job.shape.product, "no products with {} weights", info(job.w->dtype).name);
     for (const Job* other = jobs.data(); other != &job; ++other)

@@ -74,8 +74,8 @@ inline void write_records(const Kernels& kernels, const PackedShape& shape, cons
   }
 }
 
-constexpr int most_groups = 16;  // of one piece of work: its results for a tile of tokens stay in the first-level cache
-constexpr int most_tokens = 32;
+constexpr int most_groups = 16;  // of one piece of work: its results for a tile of 8 tokens stay in the first-level cache
+constexpr int most_tokens = 32;  // of a tile
 
 // The product of a tile, in as many passes as its activations have.
 inline void multiply_tile(const PackedShape& shape, const Product& p) {

@@ -2,10 +2,13 @@
 #pragma once
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
 
 namespace mla::cuda {
+
+__device__ inline uint32_t as_word(__nv_bfloat162 x) { return *reinterpret_cast<uint32_t*>(&x); }
 
 // Two codes of e4m3 in bytes 1 and 3, as bf16 of 2^-120 times their values.
 __device__ inline uint32_t widen_codes(uint32_t x) { return (x >> 4 & 0x07f007f0) | (x & 0x80008000); }
@@ -14,6 +17,19 @@ __device__ inline uint32_t scale_pair(uint32_t pair, __nv_bfloat162 by) {
   const __nv_bfloat162 y = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&pair), by);
   return *reinterpret_cast<const uint32_t*>(&y);
 }
+
+// A word's codes `2 which` and `2 which + 1`, exactly.
+__device__ inline uint32_t f8_pair(uint32_t word, int which) {
+  return scale_pair(widen_codes(__byte_perm(word, 0, which ? 0x3424 : 0x1404)), __floats2bfloat162_rn(0x1p120f, 0x1p120f));
+}
+
+// Codes of q4_0 in nibbles i and i + 4 of a word, neighbours in the row (pack.h). Nibbles become the low bits of 128 + nibble in bf16; less 136, that is the code.
+__device__ inline __nv_bfloat162 nibble_pair(uint32_t word, int i) {
+  const uint32_t pair = (word >> (4 * i) & 0x000f000f) | 0x43004300;
+  return __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&pair), __floats2bfloat162_rn(136, 136));
+}
+
+__device__ inline float half_of(uint32_t halves, int which) { return __half2float(__ushort_as_half(uint16_t(halves >> (16 * which)))); }
 
 __device__ inline float code_value(uint8_t code) {
   return __uint_as_float(uint32_t(code & 0x7f) << 20 | uint32_t(code & 0x80) << 24) * 0x1p120f;

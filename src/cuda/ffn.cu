@@ -77,7 +77,7 @@ __global__ void combine_kernel(const Y* y, const int32_t* place, const float* we
   out[token * stride + c] = sum;
 }
 
-// How runs are cut for the kernels that will multiply (Product::tile).
+// How runs are cut for the kernels that will multiply (Product::tile), both of them by the gate's type.
 int run_tile(DType type, int64_t n, int64_t places, int64_t experts) {
   const int64_t average = places / experts;
   if (!hopper() || type == DType::f32 || n <= (type == DType::bf16 ? few_rows : few_code_tokens)) return 0;

@@ -56,7 +56,7 @@ struct Product {
   bool next_at_once;   // of few rows: the next kernel, which reads constants alone before it waits, may come before this one has waited
   const Run* runs;
   const int32_t* run_count;
-  int most_runs, tile;  // runs have at most `tile` rows; up to few_rows, or 0 for any number, they are for product_gemv
+  int most_runs, tile;  // runs have at most `tile` rows; up to few_rows, or 0 for any number, they are made for product_gemv
 };
 
 // Up to so many rows a matrix, weights are multiplied as they stream by, each read once.

@@ -6,9 +6,6 @@
 #include "cuda/pack.h"
 #include "cuda/ptx.cuh"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 namespace mla::cuda {
 
 template <DType Type>
@@ -16,15 +13,12 @@ struct Codes {
   static constexpr int columns = 64, scale_bytes = 0;
 };
 
-__device__ inline uint32_t bf16_word(__nv_bfloat162 x) { return *reinterpret_cast<const uint32_t*>(&x); }
-__device__ inline __nv_bfloat162 bf16_pair_of(uint32_t word) { return *reinterpret_cast<const __nv_bfloat162*>(&word); }
-
 // A scale as two bf16, so that their products with what bf16 holds exactly round once.
 struct SplitScale {
   __nv_bfloat162 high, low;
   __device__ explicit SplitScale(float scale)
       : high(__float2bfloat162_rn(scale)), low(__float2bfloat162_rn(scale - __bfloat162float(high.x))) {}
-  __device__ uint32_t times(__nv_bfloat162 codes) const { return bf16_word(__hfma2(codes, high, __hmul2(codes, low))); }
+  __device__ uint32_t times(__nv_bfloat162 codes) const { return as_word(__hfma2(codes, high, __hmul2(codes, low))); }
 };
 
 // A thread's 16 bytes of a row become 8 pairs of columns; pair 2 s + h is half h of the fragment of step s. `upper` and `lower` rows take
@@ -38,7 +32,6 @@ __device__ inline void fill_fragments(uint32_t (&a)[16], Pairs upper, Pairs lowe
 __device__ inline uint4 code_row(const uint8_t* codes, int row, int t) {
   return *reinterpret_cast<const uint4*>(codes + row * 64 + t * 16);
 }
-__device__ inline float half_of(uint32_t halves, int which) { return __half2float(__ushort_as_half(uint16_t(halves >> (16 * which)))); }
 
 // Scales of 32 columns each, in f16.
 template <int Bytes>
@@ -63,7 +56,7 @@ struct Codes<DType::q8_0> {
       __device__ float value(int i) const {
         return (__uint_as_float(__byte_perm(word[i / 4], 0x4b000000, 0x7440 + i % 4)) - 8388736.0f) * scale[i / 8];
       }
-      __device__ uint32_t operator()(int i) const { return bf16_word(__floats2bfloat162_rn(value(2 * i), value(2 * i + 1))); }
+      __device__ uint32_t operator()(int i) const { return as_word(__floats2bfloat162_rn(value(2 * i), value(2 * i + 1))); }
     };
     const auto* s = reinterpret_cast<const uint32_t*>(scales);
     fill_fragments(a, Row(code_row(codes, row, t), s[row]), Row(code_row(codes, row + 8, t), s[row + 8]));
@@ -83,11 +76,7 @@ struct Codes<DType::q4_0> {
       SplitScale scale[2];
       __device__ Row(const uint2& c, uint32_t halves)
           : word{c.x, c.y}, scale{SplitScale(half_of(halves, 0)), SplitScale(half_of(halves, 1))} {}
-      // Nibbles become the low bits of 128 + nibble in bf16; less 136, that is the code.
-      __device__ uint32_t operator()(int i) const {
-        const uint32_t pair = (word[i / 4] >> (4 * (i % 4)) & 0x000f000f) | 0x43004300;
-        return scale[i / 4].times(__hsub2(bf16_pair_of(pair), __floats2bfloat162_rn(136, 136)));
-      }
+      __device__ uint32_t operator()(int i) const { return scale[i / 4].times(nibble_pair(word[i / 4], i % 4)); }
     };
     auto of = [&](int r) {
       return Row(*reinterpret_cast<const uint2*>(codes + r * 64 + t * 16 + half * 8),
@@ -109,8 +98,8 @@ struct Codes<DType::f8> {
       SplitScale scale;
       __device__ Row(const uint4& c, const SplitScale& s) : word{c.x, c.y, c.z, c.w}, scale(s) {}
       __device__ uint32_t operator()(int i) const {
-        const uint32_t pair = widen_codes(__byte_perm(word[i / 2], 0, i % 2 ? 0x3424 : 0x1404));
-        return scale.times(__hmul2(bf16_pair_of(pair), __floats2bfloat162_rn(0x1p120f, 0x1p120f)));
+        const uint32_t pair = f8_pair(word[i / 2], i % 2);
+        return scale.times(*reinterpret_cast<const __nv_bfloat162*>(&pair));
       }
     };
     const SplitScale scale(*reinterpret_cast<const float*>(scales));

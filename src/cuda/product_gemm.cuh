@@ -1,7 +1,7 @@
 // Products of many rows by Hopper's matrix units: a block computes 128 rows of weights × Tile rows of activations. A warp loads both
-// through the copy engine in steps of 64 columns, several steps ahead; two warpgroups multiply, 64 rows of weights each. Weights are the
-// instruction's rows and activations its columns, so that one kernel serves from 9 rows to thousands. Codes become bf16 in registers on
-// their way to the instruction; their scales come to shared memory beside them.
+// through the copy engine in steps of 64 columns (Q4_0: 128), several steps ahead; two warpgroups multiply, 64 rows of weights each.
+// Weights are the instruction's rows and activations its columns, so that one kernel serves from a few rows to thousands. Codes become bf16
+// in registers on their way to the instruction; their scales come to shared memory beside them.
 #pragma once
 
 #include "cuda/elements.cuh"

@@ -10,9 +10,6 @@
 #include "cuda/launch.cuh"
 #include "cuda/product.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 
 namespace mla::cuda {
@@ -40,8 +37,6 @@ __device__ inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-
-__device__ inline uint32_t as_word(__nv_bfloat162 x) { return *reinterpret_cast<uint32_t*>(&x); }
 
 // Weights past their use are not worth a place in the caches.
 __device__ inline uint4 load_once(const void* p) {
@@ -81,8 +76,6 @@ struct Piece<DType::bf16> {
   }
 };
 
-__device__ inline float half_bits(uint32_t bits) { return __half2float(__ushort_as_half(uint16_t(bits))); }
-
 // Products of one scale's 32 columns are summed as whole numbers and scaled once.
 __device__ inline void add_scaled(float (&c)[4], const uint32_t (&u)[4], const uint32_t (&l)[4], const uint4& b, float upper, float lower) {
   float t[4] = {};
@@ -118,7 +111,7 @@ struct Piece<DType::q8_0> {
       uint32_t u[4], l[4];
       expand(i ? upper.z : upper.x, i ? upper.w : upper.y, u);
       expand(i ? lower.z : lower.x, i ? lower.w : lower.y, l);
-      add_scaled(c, u, l, b, half_bits(upper_scale >> (16 * i)), half_bits(lower_scale >> (16 * i)));
+      add_scaled(c, u, l, b, half_of(upper_scale, i), half_of(lower_scale, i));
     }
   }
 };
@@ -135,17 +128,14 @@ struct Piece<DType::f8> {
     upper_scale = *reinterpret_cast<const float*>(from.upper_scales + column / 128 * 4);
     lower_scale = *reinterpret_cast<const float*>(from.lower_scales + column / 128 * 4);
   }
-  __device__ static uint32_t pair(uint32_t word, int which) {
-    return scale_pair(widen_codes(__byte_perm(word, 0, which ? 0x3424 : 0x1404)), __floats2bfloat162_rn(0x1p120f, 0x1p120f));
-  }
   __device__ void add_to(float (&c)[4], const __nv_bfloat16* x, int lane) const {
     const uint32_t up[4] = {upper.x, upper.y, upper.z, upper.w}, low[4] = {lower.x, lower.y, lower.z, lower.w};
     float t[4] = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint4 b = x ? *reinterpret_cast<const uint4*>(x + i * 32 + lane % 4 * 8) : uint4{};
-      multiply(t, pair(up[2 * i], 0), pair(low[2 * i], 0), pair(up[2 * i], 1), pair(low[2 * i], 1), b.x, b.y);
-      multiply(t, pair(up[2 * i + 1], 0), pair(low[2 * i + 1], 0), pair(up[2 * i + 1], 1), pair(low[2 * i + 1], 1), b.z, b.w);
+      multiply(t, f8_pair(up[2 * i], 0), f8_pair(low[2 * i], 0), f8_pair(up[2 * i], 1), f8_pair(low[2 * i], 1), b.x, b.y);
+      multiply(t, f8_pair(up[2 * i + 1], 0), f8_pair(low[2 * i + 1], 0), f8_pair(up[2 * i + 1], 1), f8_pair(low[2 * i + 1], 1), b.z, b.w);
     }
     c[0] += upper_scale * t[0], c[1] += upper_scale * t[1];
     c[2] += lower_scale * t[2], c[3] += lower_scale * t[3];
@@ -163,14 +153,9 @@ struct Piece<DType::q4_0> {
     upper_scale = *reinterpret_cast<const uint2*>(from.upper_scales + column / 16);
     lower_scale = *reinterpret_cast<const uint2*>(from.lower_scales + column / 16);
   }
-  // Nibbles become the low bits of 128 + nibble in bf16; less 136, that is the code.
   __device__ static void expand(uint32_t word, uint32_t (&to)[4]) {
-    const __nv_bfloat162 zero = __floats2bfloat162_rn(136, 136);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint32_t pair = (word >> (4 * i) & 0x000f000fu) | 0x43004300u;
-      to[i] = as_word(__hsub2(*reinterpret_cast<__nv_bfloat162*>(&pair), zero));
-    }
+    for (int i = 0; i < 4; ++i) to[i] = as_word(nibble_pair(word, i));
   }
   __device__ void add_to(float (&c)[4], const __nv_bfloat16* x, int lane) const {
     const uint32_t up[4] = {upper.x, upper.y, upper.z, upper.w}, low[4] = {lower.x, lower.y, lower.z, lower.w};
@@ -181,7 +166,7 @@ struct Piece<DType::q4_0> {
       expand(up[i], u);
       expand(low[i], l);
       const uint32_t us = i < 2 ? upper_scale.x : upper_scale.y, ls = i < 2 ? lower_scale.x : lower_scale.y;
-      add_scaled(c, u, l, b, half_bits(us >> (16 * (i % 2))), half_bits(ls >> (16 * (i % 2))));
+      add_scaled(c, u, l, b, half_of(us, i % 2), half_of(ls, i % 2));
     }
   }
 };
@@ -429,6 +414,7 @@ __global__ void __launch_bounds__(gemv_threads, 2)
 
 template <DType Type, Kind K, int Warps, class Front>
 void launch_gemv_as(const Product& p, const float* weight, const Front& front, cudaStream_t stream) {
+  require(!p.x.code_order, "products of few rows with activations in the codes' order");
   int pitch = 0;
   for (int i = 0; i < p.parts; ++i) pitch = std::max(pitch, p.part[i].w.pitch);
   constexpr int teams = Team<Warps>::teams;

@@ -1,4 +1,4 @@
-// Tensor maps: what the copy engine is told of arrays of bf16 in the GPU's memory. Boxes have 64 columns, swizzled in rows of 128 bytes.
+// Tensor maps: what the copy engine is told of arrays in the GPU's memory. Boxes of bf16 have 64 columns, swizzled in rows of 128 bytes.
 #pragma once
 
 #include "device/attention.h"

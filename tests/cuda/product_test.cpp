@@ -135,8 +135,14 @@ TEST_P(ProductTest, AgreesWithDouble) {
     y = download<float>(y_gpu.data(), y.size());
     for (const float v : y) ASSERT_FALSE(std::isnan(v));
     double worst = 0;
-    for (uint64_t sample = 0; sample < 3000; ++sample) {
-      const int64_t i = int64_t(random_bits(5, sample) % uint64_t(total)), r = int64_t(random_bits(6, sample) % uint64_t(rows));
+    // The edges of runs, tiles and blocks of rows, and places at random.
+    std::vector<std::pair<int64_t, int64_t>> places;
+    for (const int64_t i : {0, step - 1, step, first - 1, first, first + step - 1, n - 1, total - 1})
+      for (const int64_t r : {0, 15, 63, 64, 127, 128, 255, 256, rows - 1}) places.emplace_back(std::clamp<int64_t>(i, 0, total - 1), r);
+    for (uint64_t sample = 0; sample < 3000; ++sample)
+      places.emplace_back(random_bits(5, sample) % uint64_t(total), random_bits(6, sample) % uint64_t(rows));
+    for (const auto& place : places) {
+      const int64_t i = place.first, r = place.second;
       auto dot = [&](const Stack& s) {
         double sum = 0;
         for (int64_t k = 0; k < cols; ++k)
