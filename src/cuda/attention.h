@@ -34,9 +34,8 @@ struct AttentionCall {
 // By plain instructions: a block for each query and head.
 void attend_portable(const AttentionCall& call, cudaStream_t stream);
 
-// By Hopper's matrix units, for bf16 caches of separate keys and values in some widths of heads; queries and results begin at multiples of 16
-// bytes, by row and head, too. Few queries with long contexts leave
-// partial results in `scratch`.
+// By Hopper's matrix units, for bf16 caches of separate keys and values in some widths of heads; queries and results begin at multiples of
+// 16 bytes, by row and head, too. Few queries with long contexts leave partial results in `scratch`.
 bool attend_tiles_takes(const AttentionCall& call);
 size_t attend_tiles_scratch_bytes(const AttentionCall& call);
 void attend_tiles(const AttentionCall& call, void* scratch, cudaStream_t stream);

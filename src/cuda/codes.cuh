@@ -23,7 +23,8 @@ __device__ inline uint32_t f8_pair(uint32_t word, int which) {
   return scale_pair(widen_codes(__byte_perm(word, 0, which ? 0x3424 : 0x1404)), __floats2bfloat162_rn(0x1p120f, 0x1p120f));
 }
 
-// Codes of q4_0 in nibbles i and i + 4 of a word, neighbours in the row (pack.h). Nibbles become the low bits of 128 + nibble in bf16; less 136, that is the code.
+// Codes of q4_0 in nibbles i and i + 4 of a word, neighbours in the row (pack.h). Nibbles become the low bits of 128 + nibble in bf16; less
+// 136, that is the code.
 __device__ inline __nv_bfloat162 nibble_pair(uint32_t word, int i) {
   const uint32_t pair = (word >> (4 * i) & 0x000f000f) | 0x43004300;
   return __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&pair), __floats2bfloat162_rn(136, 136));
