@@ -349,7 +349,8 @@ TEST_P(LinearTest, feeds_forward_in_types_of_its_own) {
         const Routing routing{view(expert.data(), DType::i32, {n, 1}), view(weight.data(), DType::f32, {n, 1})};
         device->ffn(view(x.data(), DType::f32, {n, d}), w, &routing, view(y.data(), DType::f32, {n, d}));
         const ref::Row expected = ref::ffn(gates, ups, downs, ref::to_double(x.data(), n, d, d).back());
-        EXPECT_LT(ref::relative_error(y.data() + (n - 1) * d, expected), 3e-2)
+        // Eight bits of activations are worth 0.15 here, columns in a wrong order more than 1.
+        EXPECT_LT(ref::relative_error(y.data() + (n - 1) * d, expected), 0.3)
             << info(own).name << ", " << odd << " in " << info(other).name << ", " << n << " tokens";
       }
     }
