@@ -48,7 +48,7 @@ Subject open(const InspectOptions& o) {
     s.config = read_config(checkpoint);
     for (const StoredTensor& t : checkpoint.tensors()) {
       ++s.types[t.value.dtype];
-      s.weight_bytes += double(row_bytes(t.value.dtype, t.value.count()));
+      s.weight_bytes += double(t.bytes());
     }
     s.tensors = int64_t(checkpoint.tensors().size());
     s.has_weights = s.tensors > 0;

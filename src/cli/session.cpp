@@ -96,7 +96,7 @@ Session::Session(const ModelOptions& options) : options_(checked(options)), chec
   model_ = load(checkpoint_, *device_);
   device_->memory().wait();
   loading_seconds_ = now() - begin;
-  for (const StoredTensor& t : checkpoint_.tensors()) loaded_bytes_ += double(row_bytes(t.value.dtype, t.value.count()));
+  for (const StoredTensor& t : checkpoint_.tensors()) loaded_bytes_ += double(t.bytes());
   model_->form = options.form();
   if (tokenizer_ && tokenizer_->vocab_size() > config().vocab_size)
     fail_input("the tokenizer has {} tokens and the model only {}; they do not belong together", tokenizer_->vocab_size(),

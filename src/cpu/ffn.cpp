@@ -174,7 +174,7 @@ void CpuDevice::ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tenso
   // Gate and up of other types want activations of their own, cut into the same tiles.
   const bool same = w.up.dtype == w.gate.dtype;
   if (!same) {
-    gate.acts.tile = up.acts.tile = std::min({gate.acts.tile, up.acts.tile, 8});
+    gate.acts.tile = up.acts.tile = std::min(gate.acts.tile, up.acts.tile);
     gate.acts.any_tokens = up.acts.any_tokens = false;
   }
   const Plan plan = routing ? plan_routed(scratch_, *routing, n, w.gate.count) : plan_dense(scratch_, n);

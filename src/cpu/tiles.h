@@ -94,7 +94,7 @@ inline void multiply_tile(const PackedShape& shape, const Product& p) {
 // second-level cache while tiles of tokens pass over it. Either way several pieces for each thread.
 inline int64_t groups_per_piece(const ActFormat& format, int64_t groups, int64_t group_bytes, int64_t tokens, int threads) {
   // Wide tiles are of units that multiply so fast that it shows how often activations are read; they take groups in pairs.
-  const bool wide = format.tile > 8 && tokens > 16;
+  const bool wide = format.any_tokens && tokens > 16;
   const int64_t bytes = int64_t(wide ? 512 : tokens > 4 ? 192 : 48) << 10;
   const int64_t share = std::max<int64_t>(1, groups / (4 * threads));
   const int64_t piece = std::clamp<int64_t>(bytes / std::max<int64_t>(1, group_bytes), 1, std::min<int64_t>(share, most_groups));

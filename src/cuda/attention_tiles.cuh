@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/attention_rows.cuh"
+#include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/wgmma.cuh"
 
@@ -16,7 +17,6 @@ constexpr int box_bytes = tile * 128;  // 64 columns of a tile
 // Pieces that a block remembers. Copies are at most two tiles, so two pieces, ahead of the products; one more is handed out before them,
 // and one is stored beside the next one's first tile.
 constexpr int works = 8;
-constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 
 // In boxes of 64 columns: the queries, then the stages, each its keys and its values.
 template <int D_k, int D_v>
@@ -54,18 +54,7 @@ struct TileGrid {
   int box_rows;         // rows that are neighbours in memory wherever a tile is cut
 };
 
-__device__ uint32_t pair(float x, float y) {
-  const __nv_bfloat162 p = __floats2bfloat162_rn(x, y);
-  return *reinterpret_cast<const uint32_t*>(&p);
-}
-
-__device__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// The same by additions and multiplications, to 1e-4; of -inf 0. x is at most 127.
+// 2^x by additions and multiplications, to 1e-4; of -inf 0. x is at most 127.
 __device__ float exp2_sums(float x) {
   constexpr float round = 12582912;  // 1.5 × 2^23: what is added to it becomes a whole number
   x = fmaxf(x, -127);
@@ -184,7 +173,7 @@ __device__ void hand_out(const AttentionCall& c, const TileGrid& g) {
       w = TileWork(c, g, piece);
       if (w.tiles() > 0) break;
       store_nothing<D_v>(c, w, g.splits);
-      w = TileWork{};
+      w = TileWork{};  // without tiles it already is; known to be zeros it takes no registers meanwhile
     }
     if (i >= works) barrier_wait(&b.done[i % works], (i / works - 1) & 1);
     if (threadIdx.x % 32 == 0) {
@@ -261,7 +250,7 @@ struct TileGroup {
       for (int box = 0; box < S::k_boxes; ++box)
         if (there(box))
           *reinterpret_cast<uint2*>(memory.q() + box * (block_rows * 128) + (byte ^ i % 4 * 32) + i * 256) = {
-              pair(x[i][box].x, x[i][box].y), pair(x[i][box].z, x[i][box].w)};
+              bf16_pair(x[i][box].x, x[i][box].y), bf16_pair(x[i][box].z, x[i][box].w)};
     publish_shared();
     named_sync(3 + index, 128);
   }
@@ -317,12 +306,11 @@ struct TileGroup {
       float top = -INFINITY;
 #pragma unroll
       for (int i = 0; i < tile / 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) * scale;
+      top = quad_max(top) * scale;
       // The reference moves only where a score exceeds it by 2^8: f32 sums and bf16 probabilities are as exact below as at 1.
       float& m = sums.m[r];
       const float next = top > m + 8 ? top : m, base = next == -INFINITY ? 0 : next;
-      factor[r] = m == next ? 1 : exp2_fast(m - next);
+      factor[r] = m == next ? 1 : fast_exp2(m - next);
       m = next;
       float sum = 0;
 #pragma unroll
@@ -331,7 +319,7 @@ struct TileGroup {
         if (i % sums_every == sums_every - 1)
           x = exp2_sums(fmaf(x, scale, -base)), y = exp2_sums(fmaf(y, scale, -base));
         else
-          x = exp2_fast(fmaf(x, scale, -base)), y = exp2_fast(fmaf(y, scale, -base));
+          x = fast_exp2(fmaf(x, scale, -base)), y = fast_exp2(fmaf(y, scale, -base));
         sum += x + y;
       }
       sums.l[r] = sums.l[r] * factor[r] + sum;
@@ -341,7 +329,7 @@ struct TileGroup {
 
   __device__ static void narrow(uint32_t (&p)[tile / 4], const float (&s)[tile / 2]) {
 #pragma unroll
-    for (int i = 0; i < tile / 4; ++i) p[i] = pair(s[2 * i], s[2 * i + 1]);
+    for (int i = 0; i < tile / 4; ++i) p[i] = bf16_pair(s[2 * i], s[2 * i + 1]);
   }
 
   // Tiles are counted over all pieces. A turn is a tile's scores with the values of the one before, whichever pieces they are of.
@@ -364,9 +352,10 @@ struct TileGroup {
       softmax(s, factor);
       narrow(p, s);
     }
-    int stage = 1, before = 0, parity = 0, parity_before = 0;
+    int before = 0, parity_before = 0;
     for (int n = 1;; ++n) {
-      stage = n % stages, parity = n / stages & 1, before = (n - 1) % stages, parity_before = (n - 1) / stages & 1;
+      const int stage = n % stages, parity = n / stages & 1;
+      before = (n - 1) % stages, parity_before = (n - 1) / stages & 1;
       const bool fresh = tiles == 0;
       const TileWork* old = w;
       const Sums old_sums = sums;
@@ -415,8 +404,7 @@ struct TileGroup {
     float* to[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      total[i] = x.l[i] + __shfl_xor_sync(~0u, x.l[i], 1);
-      total[i] += __shfl_xor_sync(~0u, total[i], 2);
+      total[i] = quad_sum(x.l[i]);
       before[i] = c.merge && there(of, i) ? c.lse[sum_at(of, i)] : -INFINITY;
     }
     __syncwarp();  // a row's four lanes have read its sum

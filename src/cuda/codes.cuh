@@ -1,21 +1,19 @@
 // Codes of e4m3 as other numbers: its exponent differs from theirs in width and bias alone.
 #pragma once
 
-#include <cuda_bf16.h>
+#include "cuda/elements.cuh"
+
 #include <cuda_fp16.h>
 
 #include <cstdint>
 
 namespace mla::cuda {
 
-__device__ inline uint32_t as_word(__nv_bfloat162 x) { return *reinterpret_cast<uint32_t*>(&x); }
-
 // Two codes of e4m3 in bytes 1 and 3, as bf16 of 2^-120 times their values.
 __device__ inline uint32_t widen_codes(uint32_t x) { return (x >> 4 & 0x07f007f0) | (x & 0x80008000); }
 
 __device__ inline uint32_t scale_pair(uint32_t pair, __nv_bfloat162 by) {
-  const __nv_bfloat162 y = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&pair), by);
-  return *reinterpret_cast<const uint32_t*>(&y);
+  return as_word(__hmul2(*reinterpret_cast<const __nv_bfloat162*>(&pair), by));
 }
 
 // A word's codes `2 which` and `2 which + 1`, exactly.

@@ -2,12 +2,9 @@
 #pragma once
 
 #include "cuda/decode.h"
-
-#include <cuda_bf16.h>
+#include "cuda/elements.cuh"
 
 namespace mla::cuda {
-
-constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 
 // Normalised results of pieces of sequences. A slab is 16 rows, as a warp holds them: a lane has rows r = lane / 4 and r + 8. The pieces of
 // a sequence lie behind one another for each slab and sixteen columns, so that who joins them reads one stretch of memory.
@@ -44,11 +41,6 @@ __device__ inline bool streams_by(int tiles, int tile_bytes) {
 // Joins the partial results of split sequences.
 void merge_decode(const DecodeCall& call, DecodePartials partial, int d_v, cudaStream_t stream);
 
-__device__ inline uint32_t bf16_pair(float x, float y) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 __device__ inline float2 widen_pair(uint32_t pair) { return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair)); }
 
 // Of the words of four lanes, lane t gets every lane's word t.
@@ -65,22 +57,6 @@ __device__ inline void transpose_quad(uint32_t (&x)[4], int t) {
       else
         x[i + bit] = got;
     }
-}
-
-__device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-__device__ inline float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-// 2^x; less than 2^-126 is 0.
-__device__ inline float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // A thread's two rows, 8 apart, in a block's scores.

@@ -1,9 +1,36 @@
 // What several kernels do to a row's elements.
 #pragma once
 
+#include <cuda_bf16.h>
+
 #include <cstdint>
 
 namespace mla::cuda {
+
+constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
+
+__device__ inline uint32_t as_word(__nv_bfloat162 x) { return *reinterpret_cast<const uint32_t*>(&x); }
+__device__ inline uint32_t bf16_pair(float x, float y) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Of the four lanes that have a row among the matrix units' results.
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// 2^x; less than 2^-126 is 0.
+__device__ inline float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // Four elements of a row of f32 from `column` on, zeros beyond its end. aligned: whether a row's fours are at multiples of 16 bytes.
 __device__ inline float4 four(const float* row, int column, int cols, bool aligned) {

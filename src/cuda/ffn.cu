@@ -132,8 +132,7 @@ void CudaDevice::feed(Tensor x, const FfnWeights& w, const Routing* routing, Ten
   Product second = first;
   void* hidden = scratch_.bytes(size_t(places) * size_t(hidden_row) * (narrow ? 2 : 4));
   require(!in_front || narrow, "a gate in front of two products");
-  first.part[0].w = gate, second.part[0].w = down;
-  const bool code_order = narrow && is_for_gemm(first) && is_for_gemm(second) && down.type != DType::bf16;
+  const bool code_order = narrow && is_for_gemm(first, gate) && is_for_gemm(second, down) && down.type != DType::bf16;
   if (narrow) {
     first.part[0] = {gate, up, {hidden, narrow, hidden_row, hidden_row, nullptr, false, code_order}};
     if (in_front)

@@ -21,10 +21,9 @@ void check_rows(const Tensor& x, const Tensor& y, const char* what) {
 
 }  // namespace
 
-bool is_for_gemm(const Product& p) {
-  const DType type = p.part[0].w.type;
+bool is_for_gemm(const Product& p, const PackedMatrix& w) {
   const bool few = p.runs ? p.tile <= few_rows : p.most <= few_rows;
-  return hopper() && !few && type != DType::f32 && (type == DType::bf16 || p.part[0].w.cols % 32 == 0);
+  return hopper() && !few && w.type != DType::f32 && (w.type == DType::bf16 || w.cols % 32 == 0);
 }
 
 void multiply(const Product& whole, Arena& scratch, int processors, cudaStream_t stream) {
@@ -32,7 +31,7 @@ void multiply(const Product& whole, Arena& scratch, int processors, cudaStream_t
   const DType type = whole.part[0].w.type;
   const bool code_order = type != DType::bf16;
   if (type == DType::f32) return product_f32(whole, stream);
-  if (!is_for_gemm(whole) || (whole.x.bf16 && whole.x.code_order != code_order)) return product_gemv(whole, stream);
+  if (!is_for_gemm(whole, whole.part[0].w) || (whole.x.bf16 && whole.x.code_order != code_order)) return product_gemv(whole, stream);
   ArenaScope scope(scratch);
   const int cols = whole.part[0].w.cols, pitch = packed(DType::bf16, 1, cols).pitch;
   const int heads = whole.runs ? 1 : whole.matrices;

@@ -33,19 +33,20 @@ __device__ inline uint4 code_row(const uint8_t* codes, int row, int t) {
   return *reinterpret_cast<const uint4*>(codes + row * 64 + t * 16);
 }
 
-// Scales of 32 columns each, in f16.
+// Codes whose rows have scales of their own, in f16, each for 32 columns; a row has so many bytes of them a step.
 template <int Bytes>
-__device__ inline void copy_row_scales(const PackedMatrix& w, int matrix, int row, int column, int lane, uint8_t* to) {
+struct ScaledRows {
+  static constexpr int row_scale_bytes = Bytes, scale_bytes = 128 * Bytes;
+  __device__ static void copy_scales(const PackedMatrix& w, int matrix, int row, int column, int lane, uint8_t* to) {
 #pragma unroll 1
-  for (int r = lane; r < 128; r += 32) copy_small<Bytes>(to + r * Bytes, w.scales(matrix, min(row + r, w.padded_rows() - 1)) + column / 16);
-}
+    for (int r = lane; r < 128; r += 32)
+      copy_small<Bytes>(to + r * Bytes, w.scales(matrix, min(row + r, w.padded_rows() - 1)) + column / 16);
+  }
+};
 
 template <>
-struct Codes<DType::q8_0> {
-  static constexpr int columns = 64, row_scale_bytes = 4, scale_bytes = 128 * row_scale_bytes;
-  __device__ static void copy_scales(const PackedMatrix& w, int matrix, int row, int column, int lane, uint8_t* to) {
-    copy_row_scales<row_scale_bytes>(w, matrix, row, column, lane, to);
-  }
+struct Codes<DType::q8_0> : ScaledRows<4> {
+  static constexpr int columns = 64;
   __device__ static void expand(const uint8_t* codes, const uint8_t* scales, int row, int t, int, uint32_t (&a)[16]) {
     struct Row {
       uint32_t word[4];
@@ -56,7 +57,7 @@ struct Codes<DType::q8_0> {
       __device__ float value(int i) const {
         return (__uint_as_float(__byte_perm(word[i / 4], 0x4b000000, 0x7440 + i % 4)) - 8388736.0f) * scale[i / 8];
       }
-      __device__ uint32_t operator()(int i) const { return as_word(__floats2bfloat162_rn(value(2 * i), value(2 * i + 1))); }
+      __device__ uint32_t operator()(int i) const { return bf16_pair(value(2 * i), value(2 * i + 1)); }
     };
     const auto* s = reinterpret_cast<const uint32_t*>(scales);
     fill_fragments(a, Row(code_row(codes, row, t), s[row]), Row(code_row(codes, row + 8, t), s[row + 8]));
@@ -64,11 +65,8 @@ struct Codes<DType::q8_0> {
 };
 
 template <>
-struct Codes<DType::q4_0> {
-  static constexpr int columns = 128, row_scale_bytes = 8, scale_bytes = 128 * row_scale_bytes;
-  __device__ static void copy_scales(const PackedMatrix& w, int matrix, int row, int column, int lane, uint8_t* to) {
-    copy_row_scales<row_scale_bytes>(w, matrix, row, column, lane, to);
-  }
+struct Codes<DType::q4_0> : ScaledRows<8> {
+  static constexpr int columns = 128;
   // `half`: the first or second 64 columns.
   __device__ static void expand(const uint8_t* codes, const uint8_t* scales, int row, int t, int half, uint32_t (&a)[16]) {
     struct Row {

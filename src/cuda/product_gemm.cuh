@@ -86,8 +86,7 @@ __device__ inline void put(const Product& p, const Run& run, int row, int begin,
     if (to.bf16) {
       auto* out = static_cast<__nv_bfloat16*>(to.data) + at;
       if (whole) {
-        const __nv_bfloat162 first = __floats2bfloat162_rn(y[0], y[1]), second = __floats2bfloat162_rn(y[2], y[3]);
-        *reinterpret_cast<uint2*>(out) = {*reinterpret_cast<const uint32_t*>(&first), *reinterpret_cast<const uint32_t*>(&second)};
+        *reinterpret_cast<uint2*>(out) = {bf16_pair(y[0], y[1]), bf16_pair(y[2], y[3])};
       } else {
         for (int j = 0; j < 4 && r + j < rows; ++j) out[j] = __float2bfloat16(y[j]);
       }

@@ -101,7 +101,7 @@ struct Piece<DType::q8_0> {
     for (int i = 0; i < 4; ++i) {
       const uint32_t word = i < 2 ? first : second;
       const int shift = i % 2 * 16;
-      to[i] = as_word(__floats2bfloat162_rn(float(int8_t(word >> shift)), float(int8_t(word >> (shift + 8)))));
+      to[i] = bf16_pair(float(int8_t(word >> shift)), float(int8_t(word >> (shift + 8))));
     }
   }
   __device__ void add_to(float (&c)[4], const __nv_bfloat16* x, int lane) const {
@@ -209,7 +209,7 @@ __device__ void stage(const Team& team, const Product& p, int head, int first, i
         sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
         v = {v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w};
       }
-      *reinterpret_cast<uint2*>(to + t * wide + i) = {as_word(__floats2bfloat162_rn(v.x, v.y)), as_word(__floats2bfloat162_rn(v.z, v.w))};
+      *reinterpret_cast<uint2*>(to + t * wide + i) = {bf16_pair(v.x, v.y), bf16_pair(v.z, v.w)};
     }
     if (!p.x.norm) continue;
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);

@@ -38,6 +38,8 @@ struct StoredTensor {
   std::string name;  // ours: "layers.3.attn.kv_a", with ".bias" for biases and no suffix for weights
   Tensor value;
   const MappedFile* file;
+
+  int64_t bytes() const { return row_bytes(value.dtype, value.count()); }
 };
 
 enum class Format : uint8_t { hf, gguf };

@@ -54,7 +54,7 @@ class Loader {
     return t;
   }
 
-  static void release(const StoredTensor& t) { t.file->release(t.value.data, size_t(row_bytes(t.value.dtype, t.value.count()))); }
+  static void release(const StoredTensor& t) { t.file->release(t.value.data, size_t(t.bytes())); }
 
   Weight matrix(const std::string& name, int64_t rows, int64_t cols) { return pack(get(name, {rows, cols})); }
 
@@ -234,8 +234,7 @@ class Loader {
 void check_room(const Checkpoint& checkpoint, Device& device) {
   if (device.memory().place() == Place::host) return;
   double bytes = 0, elements = 0;
-  for (const StoredTensor& t : checkpoint.tensors())
-    bytes += double(row_bytes(t.value.dtype, t.value.count())), elements += double(t.value.count());
+  for (const StoredTensor& t : checkpoint.tensors()) bytes += double(t.bytes()), elements += double(t.value.count());
   const double free = device.memory().free_bytes();
   if (bytes <= free) return;
   auto as = [&](DType type) { return elements * info(type).block_bytes / info(type).block; };
