@@ -21,6 +21,10 @@ struct Plan {
   int32_t* token;  // [places]
   float* weight;   // [places]
   int64_t places;
+  // Of routed tokens:
+  int64_t each = 1;              // places of a token
+  int32_t* place = nullptr;      // [tokens, each]
+  int32_t* expert_of = nullptr;  // [places], among `experts`
 };
 
 Plan plan_dense(Arena& arena, int64_t n) {
@@ -33,8 +37,14 @@ Plan plan_dense(Arena& arena, int64_t n) {
 
 Plan plan_routed(Arena& arena, const Routing& routing, int64_t n, int64_t experts) {
   const int64_t k = routing.expert.shape[1], places = n * k;
-  Plan plan{static_cast<Plan::Expert*>(arena.bytes(size_t(experts) * sizeof(Plan::Expert))), 0,
-            static_cast<int32_t*>(arena.bytes(size_t(places) * 4)), static_cast<float*>(arena.bytes(size_t(places) * 4)), places};
+  Plan plan{static_cast<Plan::Expert*>(arena.bytes(size_t(experts) * sizeof(Plan::Expert))),
+            0,
+            static_cast<int32_t*>(arena.bytes(size_t(places) * 4)),
+            static_cast<float*>(arena.bytes(size_t(places) * 4)),
+            places,
+            k,
+            static_cast<int32_t*>(arena.bytes(size_t(places) * 4)),
+            static_cast<int32_t*>(arena.bytes(size_t(places) * 4))};
   auto* next = static_cast<int64_t*>(arena.bytes(size_t(experts) * 8));
   std::memset(next, 0, size_t(experts) * 8);
   auto expert_of = [&](int64_t p) { return routing.expert.as<int32_t>()[p / k * routing.expert.stride[0] + p % k]; };
@@ -44,54 +54,61 @@ Plan plan_routed(Arena& arena, const Routing& routing, int64_t n, int64_t expert
   }
   for (int64_t e = 0, first = 0; e < experts; ++e) {
     const int64_t count = next[e];
+    for (int64_t i = 0; i < count; ++i) plan.expert_of[first + i] = int32_t(plan.active);
     if (count) plan.experts[plan.active++] = {e, first, count};
     next[e] = first;
     first += count;
   }
   for (int64_t p = 0; p < places; ++p) {
     const int64_t place = next[expert_of(p)]++;
-    plan.token[place] = int32_t(p / k);
+    plan.token[place] = int32_t(p / k), plan.place[p] = int32_t(place);
     plan.weight[place] = routing.weight.f32()[p / k * routing.weight.stride[0] + p % k];
   }
   return plan;
 }
 
-// The activations of all places, expert by expert in tiles. A tile of one token uses the token's own records, so that a decode step
+// The activations of all places, expert by expert in tiles. A routed tile of one token uses the token's own records, so that a decode step
 // quantises each token once.
 struct Inputs {
-  const std::byte* single;  // [n] tokens, each a tile of one
+  const std::byte* single;  // [n] tokens, each a tile of one; none where every token has one place in `tiled`
   const std::byte* tiled;   // [places]
 
   const std::byte* tile(const PackedShape& shape, const Plan& plan, int64_t place, int tokens) const {
-    return tokens == 1 ? single + plan.token[place] * shape.token_bytes() : tiled + place * shape.token_bytes();
+    return tokens == 1 && single ? single + plan.token[place] * shape.token_bytes() : tiled + place * shape.token_bytes();
   }
 };
 
+// From records that lie together to their places in a tile.
+void copy_records(const PackedShape& shape, const std::byte* from, std::byte* to, int64_t step) {
+  constexpr size_t common = 64;
+  const auto bytes = size_t(shape.acts.block_bytes);
+  for (int64_t b = 0; b < shape.records(); ++b, from += bytes, to += step)
+    if (bytes == common)
+      std::memcpy(to, from, common);
+    else
+      std::memcpy(to, from, bytes);
+}
+
 Inputs write_inputs(CpuDevice& device, const PackedShape& shape, const Plan& plan, const Tensor& x) {
   const int64_t n = x.shape[0], bytes = shape.token_bytes();
-  auto* single = static_cast<std::byte*>(device.scratch().bytes(size_t(n * bytes)));
+  const bool routed = plan.place, alone = n == 1;
+  auto room = [&](int64_t tokens) { return static_cast<std::byte*>(device.scratch().bytes(size_t(tokens * bytes))); };
+  std::byte *single = routed || alone ? room(n) : nullptr, *tiled = alone ? nullptr : room(plan.places);
   auto write = [&](int64_t i, int) {
-    write_records(device.kernels(), shape, token_records(shape, 1, 0), x.f32() + i * x.stride[0], x.shape[1], shape.blocks,
-                  single + i * bytes);
+    const TokenRecords records = token_records(shape, single ? 1 : n, single ? 0 : i);
+    std::byte* own = single ? single + i * bytes : tiled + records.offset;
+    write_records(device.kernels(), shape, records, x.f32() + i * x.stride[0], x.shape[1], shape.blocks, own);
+    for (int64_t j = 0; j < plan.each && routed && !alone; ++j) {
+      const int64_t place = plan.place[i * plan.each + j];
+      const Plan::Expert& expert = plan.experts[plan.expert_of[place]];
+      const TokenRecords to = token_records(shape, expert.count, place - expert.first);
+      if (to.step > shape.acts.block_bytes) copy_records(shape, own, tiled + expert.first * bytes + to.offset, to.step);
+    }
   };
   if (n * x.shape[1] < 16384)
     for (int64_t i = 0; i < n; ++i) write(i, 0);
   else
     device.threads().parallel(n, write);
-  if (n == 1) return {single, nullptr};
-
-  auto* tiled = static_cast<std::byte*>(device.scratch().bytes(size_t(plan.places * bytes)));
-  auto gather = [&](int64_t e, int) {
-    const Plan::Expert& expert = plan.experts[e];
-    for_tiles(shape.acts, expert.count, 0, expert.count, [&](int64_t at, int tokens) {
-      if (tokens == 1) return;
-      std::byte* to = tiled + (expert.first + at) * bytes;
-      for (int64_t b = 0; b < shape.records(); ++b)
-        for (int t = 0; t < tokens; ++t, to += shape.acts.block_bytes)
-          std::memcpy(to, single + plan.token[expert.first + at + t] * bytes + b * shape.acts.block_bytes, size_t(shape.acts.block_bytes));
-    });
-  };
-  device.threads().parallel(plan.active, gather);
   return {single, tiled};
 }
 
