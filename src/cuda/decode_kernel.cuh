@@ -307,7 +307,27 @@ __device__ void store_whole(const DecodeGroup<S>& g, const DecodeCall& call, con
   }
 }
 
-// Sums the warpgroups' shares, divides and stores this warpgroup's half of the columns; pieces of a sequence as the registers hold them.
+// Stores what a warp has of a piece, as the registers hold it.
+template <class S>
+__device__ void store_piece(const DecodeGroup<S>& g, const DecodeArguments& a, const DecodeItem& item, int first,
+                            const float (&o)[S::registers], const float (&m)[2], const float (&l)[2]) {
+  const int slab = first / slab_rows + g.warp, sixteen = g.group * S::columns / 16;
+  if (slab * slab_rows >= item.rows) return;
+  uint4* to = a.partial.o + partial_at(a.call.plan, item, item.piece, slab, sixteen, S::values) + g.lane;
+#pragma unroll
+  for (int j = 0; j < S::registers; j += 8, to += item.pieces * 32)
+    *to = {bf16_pair(o[j], o[j + 1]), bf16_pair(o[j + 4], o[j + 5]), bf16_pair(o[j + 2], o[j + 3]), bf16_pair(o[j + 6], o[j + 7])};
+  float* sums = a.partial.sums + partial_sums_at(a.call.plan, item, item.piece, slab) + g.lane / 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float sum = quad_sum(l[i]);
+    if ((g.lane & 3) != 0) continue;
+    sums[DecodePartials::share + g.group * slab_rows + 8 * i] = sum;
+    if (g.group == 0) sums[DecodePartials::reference + 8 * i] = m[i];
+  }
+}
+
+// Sums the warpgroups' shares, divides and stores this warpgroup's half of a whole sequence's columns.
 template <class S>
 __device__ void store_rows(const DecodeGroup<S>& g, const DecodeArguments& a, const DecodeItem& item, int first, float (&o)[S::registers],
                            const float (&m)[2], float (&l)[2], int turn) {
@@ -322,25 +342,13 @@ __device__ void store_rows(const DecodeGroup<S>& g, const DecodeArguments& a, co
   barrier_wait(&g.b.shared().summed, turn);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int row = g.row + 8 * i;
-    const float sum = share[0][row] + share[1][row], lse = sum > 0 ? m[i] + log2f(sum) : -INFINITY;
+    const int row = g.row + 8 * i, place = first + row;
+    const float sum = share[0][row] + share[1][row];
     scale[i] = sum > 0 ? 1 / sum : 0;
-    const int place = first + row;
-    if (g.group != 0 || (g.lane & 3) != 0 || place >= item.rows) continue;
-    if (item.slot < 0)
-      a.call.lse[int64_t(item.start) * a.call.n_h + place] = lse * ln_2;
-    else
-      a.partial.lse[partial_lse_at(a.call.plan, item, item.piece, place / slab_rows) + place % slab_rows] = lse;
+    if (g.group == 0 && (g.lane & 3) == 0 && place < item.rows)
+      a.call.lse[int64_t(item.start) * a.call.n_h + place] = sum > 0 ? (m[i] + log2f(sum)) * ln_2 : -INFINITY;
   }
-  if (item.slot < 0) return store_whole(g, a.call, item, first, o, scale);
-  const int slab = first / slab_rows + g.warp;
-  if (slab * slab_rows >= item.rows) return;
-  const int sixteen = g.group * S::columns / 16;
-  uint4* to = a.partial.o + partial_at(a.call.plan, item, item.piece, slab, sixteen, S::values) + g.lane;
-#pragma unroll
-  for (int j = 0; j < S::registers; j += 8, to += item.pieces * 32)
-    *to = {bf16_pair(o[j] * scale[0], o[j + 1] * scale[0]), bf16_pair(o[j + 4] * scale[0], o[j + 5] * scale[0]),
-           bf16_pair(o[j + 2] * scale[1], o[j + 3] * scale[1]), bf16_pair(o[j + 6] * scale[1], o[j + 7] * scale[1])};
+  store_whole(g, a.call, item, first, o, scale);
 }
 
 template <class S>
@@ -400,7 +408,7 @@ __global__ void __launch_bounds__(decode_threads, 1)
   } else {
     take_registers<S::group_registers>();
     DecodeGroup<S> g(group);
-    int q_parity = 0;
+    int q_parity = 0, turn = 0;
     for (int i = begin; i < end; ++i) {
       if (i > begin) item = a.call.plan.items[i];
       if (first >= item.rows) continue;
@@ -415,7 +423,10 @@ __global__ void __launch_bounds__(decode_threads, 1)
       else
         odd_tiles(g, rows, item, o, m, l);
       barrier_arrive(&b.shared().q_empty);
-      store_rows(g, a, item, first, o, m, l, q_parity ^ 1);
+      if (item.slot < 0)
+        store_rows(g, a, item, first, o, m, l, turn), turn ^= 1;
+      else
+        store_piece(g, a, item, first, o, m, l);
       __syncwarp();  // else the compiler takes the warps of later items for diverged, and keeps what is uniform in every lane
     }
   }

@@ -299,12 +299,21 @@ struct NarrowWarp {
     if (lane % 16 == 0) shared.factor[row] = factor;
   }
 
+  __device__ float row_sum() const {
+    float sum = l;
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    return sum;
+  }
+
+  __device__ void scale_output(float upper, float lower) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) o[j][0] *= upper, o[j][1] *= upper, o[j][2] *= lower, o[j][3] *= lower;
+  }
   __device__ void rescale_output() {
     const NarrowShared<Codes>& shared = narrow_shared<Codes>();
     const float upper = shared.factor[g], lower = shared.factor[g + 8];
-    if (!__any_sync(~0u, upper != 1 || lower != 1)) return;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) o[j][0] *= upper, o[j][1] *= upper, o[j][2] *= lower, o[j][3] *= lower;
+    if (__any_sync(~0u, upper != 1 || lower != 1)) scale_output(upper, lower);
   }
 
   __device__ void probabilities(uint32_t (&a)[4], int step) const {
@@ -453,32 +462,34 @@ struct NarrowWarp {
     }
   }
 
-  // Divides by the sums and stores; pieces of a sequence as the merge reads them.
-  __device__ void store(const DecodeCall& call, const DecodePartials& partial, const DecodeItem& item, int turn) {
-    auto& sums = narrow_shared<Codes>().sum[turn];
-#pragma unroll
-    for (int step = 8; step > 0; step /= 2) l += __shfl_xor_sync(~0u, l, step);
-    if (lane % 16 == 0) {
-      const int row = softmax_row();
-      sums[row] = l;
-      const float lse = l > 0 ? m - S::lift + log2f(l) : -INFINITY;
-      if (row < item.rows && item.slot < 0) call.lse[int64_t(item.start) * call.n_h + row] = lse * ln_2;
-      if (row < item.rows && item.slot >= 0) partial.lse[partial_lse_at(call.plan, item, item.piece, 0) + row] = lse;
-    }
-    sync();
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float sum = sums[g + 8 * r], by = (sum > 0 ? 1 / sum : 0) * (Codes ? unit : 1);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) o[j][2 * r] *= by, o[j][2 * r + 1] *= by;
-    }
-    if constexpr (Codes) place_columns();
-    if (item.slot < 0) return store_whole(call, item);
+  // Stores what a warp has of a piece, as the registers hold it.
+  __device__ void store_piece(const DecodeCall& call, const DecodePartials& partial, const DecodeItem& item) {
+    if constexpr (Codes) scale_output(unit, unit), place_columns();
     uint4* to = partial.o + partial_at(call.plan, item, item.piece, 0, warp * 4, S::d_v) + lane;
 #pragma unroll
     for (int j = 0; j < 8; j += 2, to += item.pieces * 32)
       *to = {bf16_pair(o[j][0], o[j][1]), bf16_pair(o[j + 1][0], o[j + 1][1]), bf16_pair(o[j][2], o[j][3]),
              bf16_pair(o[j + 1][2], o[j + 1][3])};
+    float* sums = partial.sums + partial_sums_at(call.plan, item, item.piece, 0) + softmax_row();
+    const float sum = row_sum();
+    if (lane % 16 == 0)
+      sums[DecodePartials::reference] = m - S::lift, sums[DecodePartials::share] = sum, sums[DecodePartials::share + slab_rows] = 0;
+  }
+
+  // Divides a whole sequence's results by the sums and stores them.
+  __device__ void store(const DecodeCall& call, const DecodeItem& item, int turn) {
+    auto& sums = narrow_shared<Codes>().sum[turn];
+    const float sum = row_sum();
+    if (lane % 16 == 0) {
+      const int row = softmax_row();
+      sums[row] = sum;
+      if (row < item.rows) call.lse[int64_t(item.start) * call.n_h + row] = sum > 0 ? (m - S::lift + log2f(sum)) * ln_2 : -INFINITY;
+    }
+    sync();
+    auto scale = [&](float x) { return (x > 0 ? 1 / x : 0) * (Codes ? unit : 1); };
+    scale_output(scale(sums[g]), scale(sums[g + 8]));
+    if constexpr (Codes) place_columns();
+    store_whole(call, item);
   }
 };
 
@@ -514,12 +525,16 @@ __global__ void __launch_bounds__(narrow_threads, 1)
     return;
   }
   NarrowWarp<Codes> w;
+  int turn = 0;
   for (int i = begin; i < end; ++i) {
     if (i > begin) item = call.plan.items[i];
     const int limit = min(item.kv_count, item.limit + w.softmax_row() / call.n_h);
     w.begin(call, item);
     for (int t = item.tile_begin; t < item.tile_end; ++t) w.tile(item, t, limit, call.scale * log2_e);
-    w.store(call, partial, item, i & 1);
+    if (item.slot < 0)
+      w.store(call, item, turn), turn ^= 1;
+    else
+      w.store_piece(call, partial, item);
   }
 }
 

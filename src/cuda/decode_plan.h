@@ -61,11 +61,11 @@ DecodePlan plan_decode(Spans spans, bool causal, int n_h, int page_tokens, int p
 // How a kernel joins the pieces of split sequences: a warp takes 16 rows and 16 columns of a sequence, or a team of neighbouring warps,
 // each with its share of the pieces. Blocks of `warps` warps, a multiple of a team, for each merge, 16 rows and some columns.
 struct MergeShape {
-  static constexpr int most_warps = 8, most_bytes = 100 << 10;                   // of a block; two fit a multiprocessor
-  static constexpr int o_bytes = slab_rows * 16 * 2, lse_bytes = slab_rows * 4;  // of one piece
-  int team, warps, blocks;                                                       // blocks in all
-  int share;                                                                     // pieces of a warp at most
-  int bytes() const { return warps * share * (o_bytes + lse_bytes); }
+  static constexpr int most_warps = 8, most_bytes = 100 << 10;                        // of a block; two fit a multiprocessor
+  static constexpr int o_bytes = slab_rows * 16 * 2, sums_bytes = 3 * slab_rows * 4;  // of one piece
+  int team, warps, blocks;                                                            // blocks in all
+  int share;                                                                          // pieces of a warp at most
+  int bytes() const { return warps * share * (o_bytes + sums_bytes); }
 };
 
 MergeShape merge_shape(int merges, int most_pieces, int most_rows, int d_v, int processors);

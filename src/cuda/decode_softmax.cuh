@@ -6,11 +6,13 @@
 
 namespace mla::cuda {
 
-// Normalised results of pieces of sequences. A slab is 16 rows, as a warp holds them: a lane has rows r = lane / 4 and r + 8. The pieces of
-// a sequence lie behind one another for each slab and sixteen columns, so that who joins them reads one stretch of memory.
+// Results of pieces of sequences, undivided: what was summed refers to 2^reference. A slab is 16 rows, as a warp holds them: a lane has
+// rows r = lane / 4 and r + 8. The pieces of a sequence lie behind one another for each slab and sixteen columns, so that who joins them
+// reads one stretch of memory.
 struct DecodePartials {
-  uint4* o;    // [sequences of slots][slabs, d_v / 16, pieces, 32 lanes], bf16: columns c and c + 1, c + 8 and c + 9 of r, then of r + 8
-  float* lse;  // [sequences of slots][slabs, pieces, 16 rows], base 2
+  uint4* o;     // [sequences of slots][slabs, d_v / 16, pieces, 32 lanes], bf16: columns c and c + 1, c + 8 and c + 9 of r, then of r + 8
+  float* sums;  // [sequences of slots][slabs, pieces][reference; two shares of the sum][16 rows]
+  static constexpr int reference = 0, share = slab_rows, sums_of_piece = 3 * slab_rows;
 };
 
 __host__ __device__ constexpr int slabs_of(int rows) { return (rows + slab_rows - 1) / slab_rows; }
@@ -26,8 +28,8 @@ __device__ int64_t partial_at(const DeviceDecodePlan& plan, const Sequence& s, i
   return ((int64_t(s.slot) * slabs_of(plan.most_rows) * sixteens) + int64_t(slab * sixteens + sixteen) * s.pieces + piece) * 32;
 }
 template <class Sequence>
-__device__ int64_t partial_lse_at(const DeviceDecodePlan& plan, const Sequence& s, int piece, int slab) {
-  return (int64_t(s.slot) * slabs_of(plan.most_rows) + int64_t(slab) * s.pieces + piece) * slab_rows;
+__device__ int64_t partial_sums_at(const DeviceDecodePlan& plan, const Sequence& s, int piece, int slab) {
+  return (int64_t(s.slot) * slabs_of(plan.most_rows) + int64_t(slab) * s.pieces + piece) * DecodePartials::sums_of_piece;
 }
 
 // Whether the copies of a cache's rows, which no later kernel of the step reads, should be the first to leave the second-level cache: they

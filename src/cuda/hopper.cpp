@@ -29,6 +29,11 @@ bool hopper() {
   return is;
 }
 
+int processors() {
+  static const int count = attribute(cudaDevAttrMultiProcessorCount);
+  return count;
+}
+
 size_t most_shared_bytes() {
   constexpr int declared = 16 << 10;  // at most
   static const int most = std::min(200 << 10, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - declared);
