@@ -473,8 +473,9 @@ __global__ void __launch_bounds__(threads, 1)
   const int group = __shfl_sync(~0u, int(threadIdx.x) / 128, 0);
   if (group == 2) {
     give_registers<56>();
-    if (threadIdx.x == 256) load_tiles<S, D_k, D_v, Many>(c, grid.box_rows, &map, only);
-    if (threadIdx.x / 32 == 9) {
+    const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);
+    if (warp == 8 && elect_lane()) load_tiles<S, D_k, D_v, Many>(c, grid.box_rows, &map, only);
+    if (warp == 9) {
       if constexpr (Many)
         hand_out<S, D_k, D_v>(c, grid);
       else if (only.tiles() == 0)

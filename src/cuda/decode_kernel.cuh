@@ -7,13 +7,13 @@
 
 namespace mla::cuda {
 
-// The warps that load: queries in boxes of 16 rows, tiles box by box in the order in which the warpgroups free and need them.
+// The warps that load: queries box by box, tiles box by box in the order in which the warpgroups free and need them.
 template <class S>
 struct DecodeLoader {
   static constexpr DecodeBlock<S> b{};
   const CUtensorMap *q_map, *kv_map;
   const DecodeCall& call;
-  int lane, tiles_a_page;
+  int lane, tiles_a_page, q_rows;
   // Where blocks share tiles, the next pair is fetched into the second-level cache, so that copies wait for memory less; not where they are
   // the first to leave it, for what is fetched is not.
   bool fetches;
@@ -26,22 +26,29 @@ struct DecodeLoader {
         call(c),
         lane(int(threadIdx.x) & 31),
         tiles_a_page(c.kv.page_tokens / tile_tokens),
+        q_rows(query_rows(c.plan.most_rows)),
         fetches(gridDim.x > 1 && !first_to_go),
         policy(cache_policy(first_to_go)) {}
 
-  // Rows past the item's last may be other sequences': no row's result depends on another's.
+  // In the elected lane. Rows past the item's last may be other sequences': no row's result depends on another's.
+  __device__ void query_box(const DecodeItem& item, int first, int box) const {
+    barrier_expect(&b.shared().q_full[box], q_rows * 128);
+    copy_box(b.q() + box * box_bytes, q_map, &b.shared().q_full[box], box * 64, item.start * call.n_h + first, 0);
+  }
   __device__ void queries(const DecodeItem& item, int first) {
-    constexpr int rows = 16, bytes = rows * 128;
     barrier_wait(&b.shared().q_empty, q_parity);
     q_parity ^= 1;
-    const int boxes = (min(block_rows, max(0, item.rows - first)) + rows - 1) / rows * S::boxes;
-    if (lane == 0) barrier_expect(&b.shared().q_full, boxes * bytes);
+    if (elect_lane())
+      for (int box = 0; box < S::boxes; ++box) query_box(item, first, box);
     __syncwarp();
-    for (int i = lane; i < boxes; i += 32) {
-      const int box = i % S::boxes, group = i / S::boxes;
-      copy_box(b.q() + box * box_bytes + group * bytes, q_map, &b.shared().q_full, box * 64, item.start * call.n_h + first + group * rows,
-               0);
-    }
+  }
+
+  // A part's first queries with its first tile, so that products begin with the first columns of both.
+  __device__ void queries_beside_tile(const DecodeItem& item, int first, int y, int page) {
+    q_parity ^= 1, parity[0] ^= 1;
+    if (elect_lane())
+      for (int box = 0; box < S::boxes; ++box) query_box(item, first, box), boxes(0, box, box + 1, y, page);
+    __syncwarp();
   }
 
   __device__ void boxes(int tile, int from, int to, int y, int page) const {
@@ -84,21 +91,24 @@ struct DecodeLoader {
       if (t + i < item.tile_end) fetch((t + i) % tiles_a_page * tile_tokens, __shfl_sync(~0u, mine, i));
   }
 
-  // `first_page`: a part's first item has its first pages here, one a lane.
-  __device__ void tiles(const DecodeItem& item, bool has_first, int first_page) {
+  __device__ int row_of(int tile) const { return tile % tiles_a_page * tile_tokens; }
+
+  // `first_page`: a part's first item has its first pages here, one a lane. The first `done` tiles are on their way.
+  __device__ void tiles(const DecodeItem& item, bool has_first, int first_page, int done) {
     int pages = 0;
     auto page_of = [&](int t) { return t < item.tile_end ? call.plan.pages[item.table + t / tiles_a_page] : 0; };
-    auto row_of = [&](int t) { return t % tiles_a_page * tile_tokens; };
     for (int t = item.tile_begin; t < item.tile_end; ++t) {
       const int at = (t - item.tile_begin) & 31;
       if (at == 0) pages = page_of(t + lane);
+      if (t < item.tile_begin + done) continue;
       const bool early = has_first && t - item.tile_begin < DecodePart::first_tiles;
       const int page = early ? __shfl_sync(~0u, first_page, at) : __shfl_sync(~0u, pages, at);
-      if (lane == 0) {
+      const int y = row_of(t);
+      if (elect_lane()) {
         if (at & 1)
-          odd_tile(row_of(t), page);
+          odd_tile(y, page);
         else
-          even_tile(row_of(t), page);
+          even_tile(y, page);
       }
       __syncwarp();
       if (fetches && (at & 1)) fetch_pair(item, t + 1);
@@ -113,7 +123,7 @@ struct DecodeGroup {
   int group, thread, warp, lane;  // of the warpgroup
   int row;                        // this thread's rows are row and row + 8, its columns 8 i + 2 (lane % 4) + {0, 1}
   uint32_t values_at;             // this warpgroup's columns, in bytes from a tile's first
-  int parity[2] = {0, 0}, hand_parity = 0, clear_parity = 0;
+  int parity[2] = {0, 0}, q_parity = 0, hand_parity = 0, clear_parity = 0;
 
   __device__ explicit DecodeGroup(int group_) : group(group_) {
     thread = int(threadIdx.x) & 127, warp = thread / 32, lane = thread & 31;
@@ -124,11 +134,25 @@ struct DecodeGroup {
   // All lanes arrive here and where they hand over: the order is plain to the race checker then.
   __device__ void free(int tile, int half) const { barrier_arrive(&b.shared().empty[tile][half]); }
 
-  // s += Q Kᵀ over boxes [from, to)
+  // All columns.
+  __device__ void wait_queries() const {
+#pragma unroll  // long sequences of two queries take 2% longer with a loop here
+    for (int box = 0; box < S::boxes; ++box) barrier_wait(&b.shared().q_full[box], q_parity);
+  }
+
+  // After an item's last scores: the next queries may come.
+  __device__ void free_queries() {
+    barrier_arrive(&b.shared().q_empty);
+    q_parity ^= 1;
+  }
+
+  // s += Q Kᵀ over boxes [from, to); waits for the columns' Queries, too.
+  template <bool Queries = false>
   __device__ void scores(float (&s)[32], int tile, int from, int to, bool first) const {
     const uint64_t q = wgmma_operand(shared_address(b.q())), keys = wgmma_operand(shared_address(b.k(tile)));
 #pragma unroll 1
     for (int box = from; box < to; ++box) {  // rolled: a short kernel starts sooner from cold caches
+      if (Queries) barrier_wait(&b.shared().q_full[box], q_parity);
       barrier_wait(&b.shared().full[tile][box], parity[tile]);
       wgmma_begin();
 #pragma unroll
@@ -158,9 +182,12 @@ struct DecodeGroup {
   // Zeroes a tile's rows from `valid` on: what is there is not the sequence's, and 0 × NaN is NaN.
   __device__ void clear(int tile, int valid) {
     if (valid >= tile_tokens) return;
-    for (int box = 0; box < S::boxes; ++box) barrier_wait(&b.shared().full[tile][box], parity[tile]);
-    for (int box = 0; box < S::boxes; ++box)
+#pragma unroll 1  // rare, and among the loop's instructions
+    for (int box = 0; box < S::boxes; ++box) {
+      barrier_wait(&b.shared().full[tile][box], parity[tile]);
+#pragma unroll 1
       for (int i = valid * 8 + thread; i < tile_tokens * 8; i += 128) reinterpret_cast<uint4*>(b.k(tile) + box * box_bytes)[i] = uint4{};
+    }
     publish_shared();
     barrier_arrive(&b.shared().cleared[tile]);
     barrier_wait(&b.shared().cleared[tile], clear_parity);
@@ -199,13 +226,14 @@ __device__ __forceinline__ void even_tiles(DecodeGroup<S>& g, const DecodeRows& 
   float s[32], factor[2];
   uint32_t p[16];
   int t = item.tile_begin;
-  if (t == item.tile_end) return;
+  if (t == item.tile_end) return g.wait_queries(), g.free_queries();
   g.clear(0, item.kv_count - t * tile_tokens);
-  g.scores(s, 0, 0, S::boxes, true);
+  g.template scores<true>(s, 0, 0, S::boxes, true);
   wgmma_commit();
   wgmma_wait<0>();
   while (true) {
     g.parity[0] ^= 1;
+    if (t + 2 >= item.tile_end) g.free_queries();
     softmax(s, rows, t * tile_tokens, m, l, factor, p);
     g.hand_over(p, m, 0);
     scale_rows(o, factor);
@@ -244,6 +272,8 @@ __device__ __forceinline__ void odd_tiles(DecodeGroup<S>& g, const DecodeRows& r
   float s[32], factor[2];
   uint32_t p[16];
   int t = item.tile_begin;
+  g.wait_queries();
+  if (t + 1 >= item.tile_end) g.free_queries();
   for (; t + 1 < item.tile_end; t += 2) {
     g.clear(1, item.kv_count - (t + 1) * tile_tokens);
     g.scores(s, 1, S::half_boxes, S::value_boxes, true);
@@ -252,6 +282,7 @@ __device__ __forceinline__ void odd_tiles(DecodeGroup<S>& g, const DecodeRows& r
     wgmma_commit();
     wgmma_wait<0>();
     g.parity[1] ^= 1;
+    if (t + 3 >= item.tile_end) g.free_queries();
     g.take_over(o, m, l, 0);
     wgmma_begin();
     g.values(o, 0);
@@ -355,6 +386,7 @@ template <class S>
 __device__ void init_barriers() {
   constexpr DecodeBlock<S> b{};
   if (shared_address(decode_memory) % 1024 != 0) __trap();  // swizzles count from there
+  for (int box = 0; box < S::boxes; ++box) barrier_init(&b.shared().q_full[box], 1);
   for (int tile = 0; tile < 2; ++tile) {
     for (int box = 0; box < S::boxes; ++box) barrier_init(&b.shared().full[tile][box], !S::codes ? 1 : box == S::boxes - 1 ? 128 : 64);
     barrier_init(&b.shared().empty[tile][0], S::shared_box ? 256 : 128);
@@ -362,7 +394,6 @@ __device__ void init_barriers() {
     barrier_init(&b.shared().handed_over[tile], 128);
     barrier_init(&b.shared().cleared[tile], 128);
   }
-  barrier_init(&b.shared().q_full, 1);
   barrier_init(&b.shared().q_empty, 256);
   barrier_init(&b.shared().summed, 256);
   barrier_init_done();
@@ -394,21 +425,25 @@ __global__ void __launch_bounds__(decode_threads, 1)
     DecodeLoader<S> loader(&q_map, &kv_map, a.call, streams_by(part.tiles, S::tile_bytes));
     if (!S::codes && warp == 1) loader.q_parity = 0;
     [[maybe_unused]] CodeLoader<S> codes(a.call);
-    bool early = true;  // the first queries go before the first tiles, later ones beside them
+    bool early = true;  // the first queries go before the first tiles or with them, later ones beside them
     for (int i = begin; i < end && (S::codes || warp < 2); ++i) {
       if (i > begin) item = a.call.plan.items[i];
       if (first >= item.rows) continue;
-      if (warp == (S::codes || early ? 0 : 1)) loader.queries(item, first);
+      const bool with_tile = !S::codes && i == begin && item.tile_begin < item.tile_end;
+      if (with_tile && warp == 0)
+        loader.queries_beside_tile(item, first, loader.row_of(item.tile_begin), __shfl_sync(~0u, first_page, 0));
+      else if (warp == (S::codes || early ? 0 : 1))
+        loader.queries(item, first);
       early = false;
       if constexpr (S::codes)
         codes.tiles(item, i == begin, first_page);
       else if (warp == 0)
-        loader.tiles(item, i == begin, first_page);
+        loader.tiles(item, i == begin, first_page, with_tile);
     }
   } else {
     take_registers<S::group_registers>();
     DecodeGroup<S> g(group);
-    int q_parity = 0, turn = 0;
+    int turn = 0;
     for (int i = begin; i < end; ++i) {
       if (i > begin) item = a.call.plan.items[i];
       if (first >= item.rows) continue;
@@ -416,13 +451,10 @@ __global__ void __launch_bounds__(decode_threads, 1)
       float o[S::registers], m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0};
 #pragma unroll
       for (int j = 0; j < S::registers; ++j) o[j] = 0;
-      barrier_wait(&b.shared().q_full, q_parity);
-      q_parity ^= 1;
       if (group == 0)
         even_tiles(g, rows, item, o, m, l);
       else
         odd_tiles(g, rows, item, o, m, l);
-      barrier_arrive(&b.shared().q_empty);
       if (item.slot < 0)
         store_rows(g, a, item, first, o, m, l, turn), turn ^= 1;
       else

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(32 * most_warps)
   __syncwarp();
   begin_kernel(true);
   if (slab * slab_rows >= merge.rows) return;
-  if (lane == 0 && pieces > 0) {
+  if (pieces > 0 && elect_lane()) {
     copy_bytes(sums, sums_from, pieces * sums_bytes, &here[warp]);
     copy_bytes(o, o_from, pieces * o_bytes, &here[warp]);
   }

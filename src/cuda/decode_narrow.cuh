@@ -112,13 +112,14 @@ struct NarrowLoader {
     uint8_t* to = narrow_memory + ring.stage * S::stage_bytes;
     uint64_t* full = &shared.full[ring.stage];
     barrier_wait(&shared.empty[ring.stage], ring.parity);
-    if (lane == 0) barrier_expect(full, S::stage_bytes);
-    __syncwarp();
-    if constexpr (Codes) {
-      if (lane == 0) copy_bytes(to, call.kv.base + page * call.kv.page_bytes + row * S::row_bytes, S::stage_bytes, full, policy);
-    } else if (lane < S::d_k / 64) {
-      copy_box(to + lane * S::box_bytes, kv_map, full, lane * 64, row, page, policy);
+    if (elect_lane()) {
+      barrier_expect(full, S::stage_bytes);
+      if constexpr (Codes)
+        copy_bytes(to, call.kv.base + page * call.kv.page_bytes + row * S::row_bytes, S::stage_bytes, full, policy);
+      else
+        for (int box = 0; box < S::d_k / 64; ++box) copy_box(to + box * S::box_bytes, kv_map, full, box * 64, row, page, policy);
     }
+    __syncwarp();
     ring.next();
   }
 

@@ -26,6 +26,11 @@ struct DecodeShape {
   static constexpr int shared_bytes = 3 * tile_bytes + 2048;
 };
 
+// Rows of queries that a block loads at a time, where a sequence has at most so many.
+__host__ __device__ constexpr int query_rows(int most_rows) {
+  return slabs_of(most_rows < block_rows ? most_rows : block_rows) * slab_rows;
+}
+
 struct DecodeArguments {
   DecodeCall call;
   DecodePartials partial;
@@ -38,7 +43,8 @@ struct DecodeShared {
   uint64_t empty[2][2];        // what a warpgroup read last of a tile may be overwritten
   uint64_t handed_over[2];     // a tile's probabilities, to the other warpgroup
   uint64_t cleared[2];         // rows past a tile's last
-  uint64_t q_full, q_empty, summed;
+  uint64_t q_full[S::boxes];   // columns of the queries have come
+  uint64_t q_empty, summed;
   float m[2][block_rows];     // the maxima after each warpgroup's softmax
   float l[2][2][block_rows];  // the warpgroups' shares of the sums; sequences take turns, so that nobody overwrites what is still read
 };

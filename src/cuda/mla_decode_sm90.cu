@@ -15,7 +15,7 @@ template <class S>
 void launch_wide(const DecodeCall& call, cudaStream_t stream) {
   const DeviceDecodePlan& plan = call.plan;
   const DecodeArguments a{call, decode_partials(call, S::values)};
-  const CUtensorMap queries = query_map(call.q, int64_t(call.n) * call.n_h, call.kv.format.layout.d_k);
+  const CUtensorMap queries = query_map(call.q, int64_t(call.n) * call.n_h, call.kv.format.layout.d_k, query_rows(plan.most_rows));
   launch(decode_kernel<S>, dim3(unsigned(plan.row_blocks), unsigned(plan.part_count)), dim3(decode_threads), size_t(S::shared_bytes),
          stream, queries, S::codes ? queries : cache_map(call.kv), a);
   if (plan.merges > 0) merge_decode(call, a.partial, S::values, stream);

@@ -281,9 +281,10 @@ __global__ void __launch_bounds__(gemm_threads, GemmShape<Tile, Gated, Type>::bl
   const int all = (p.part[0].w.cols + S::columns - 1) / S::columns, begin = all * rank / splits, steps = all * (rank + 1) / splits - begin;
   if (group == 2) {
     if (S::codes || S::blocks == 1) give_registers<S::loader_registers>();
-    if (threadIdx.x == 256) load_steps<S>(maps, run, row, begin, steps, early, full, empty);
+    const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);
+    if (warp == 8 && elect_lane()) load_steps<S>(maps, run, row, begin, steps, early, full, empty);
     if constexpr (S::codes)
-      if (threadIdx.x / 32 == 9) load_scales<S>(p, run, row, begin, steps, full, empty);
+      if (warp == 9) load_scales<S>(p, run, row, begin, steps, full, empty);
     if (splits > 1) cluster_sync(), cluster_sync();
     return;
   }

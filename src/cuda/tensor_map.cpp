@@ -43,15 +43,14 @@ CUtensorMap cache_map(const Kv& kv) {
   return pages_map(kv.base, kv.format.layout.d_k, kv.page_tokens, kv.format.row_bytes(), kv.page_bytes, 64);
 }
 
-CUtensorMap query_map(const void* q, int64_t rows, int columns) {
-  const auto row_bytes = cuuint64_t(columns) * 2;
-  return encode(q, {cuuint64_t(columns), cuuint64_t(rows), 1}, {row_bytes, row_bytes * cuuint64_t(rows)}, 16);
-}
-
 CUtensorMap matrix_map(const void* base, int64_t columns, int64_t rows, int64_t matrices, int64_t row_bytes, int64_t matrix_bytes,
                        int box_rows) {
   return encode(base, {cuuint64_t(columns), cuuint64_t(rows), cuuint64_t(matrices)}, {cuuint64_t(row_bytes), cuuint64_t(matrix_bytes)},
                 cuuint32_t(box_rows));
+}
+
+CUtensorMap query_map(const void* q, int64_t rows, int columns, int box_rows) {
+  return matrix_map(q, columns, rows, 1, columns * 2, columns * 2 * rows, box_rows);
 }
 
 CUtensorMap codes_map(const void* base, int64_t row_bytes, int64_t rows, int64_t matrices, int64_t matrix_bytes, int box_rows) {

@@ -11,8 +11,8 @@ namespace mla::cuda {
 CUtensorMap pages_map(const void* base, int64_t columns, int page_tokens, int64_t row_bytes, int64_t page_bytes, int box_rows);
 // The pages of a bf16 cache of latents, in boxes of 64 tokens.
 CUtensorMap cache_map(const Kv& kv);
-// Queries, [row, column], in boxes of 16 rows.
-CUtensorMap query_map(const void* q, int64_t rows, int columns);
+// Queries, [row, column], in boxes of `box_rows`. What lies outside reads as zeros.
+CUtensorMap query_map(const void* q, int64_t rows, int columns, int box_rows);
 // A stack of matrices, [matrix, row, column], in boxes of `box_rows`; distances in bytes. What lies outside reads as zeros.
 CUtensorMap matrix_map(const void* base, int64_t columns, int64_t rows, int64_t matrices, int64_t row_bytes, int64_t matrix_bytes,
                        int box_rows);

@@ -15,12 +15,14 @@ namespace {
 struct Case {
   const char* name;
   int n_h, d_c, d_R;
-  int queries;  // of each sequence
+  int queries;  // of each sequence, or at most
   std::vector<int> lengths;
   int page_tokens = 64;
   bool causal = true;
   double spread = 1;  // of the scores
   DType type = DType::bf16;
+  bool mixed_queries = false;  // 1, 2 … queries
+  int count(int sequence) const { return mixed_queries ? 1 + sequence % queries : queries; }
 };
 
 const std::vector<int> mixed = {0, 1, 63, 64, 65, 128, 200, 5, 577};
@@ -35,6 +37,9 @@ const Case cases[] = {
     {"one_head", 1, 512, 64, 1, {1000}},
     {"many_pieces", 16, 512, 64, 1, {9000}},
     {"one_long_of_many", 16, 512, 64, 4, {20000, 300, 300, 300, 300, 300, 300, 300, 300, 300, 300}},
+    {"mixed_queries", 128, 512, 64, 2, {300, 70, 65, 700, 1}, 64, true, 1, DType::bf16, true},
+    {"mixed_row_blocks", 48, 512, 64, 4, {700, 90, 300, 640, 129, 64, 70}, 64, true, 1, DType::bf16, true},
+    {"mixed_row_blocks_fp8", 48, 512, 64, 4, {700, 90, 300, 640, 129, 64, 70}, 64, true, 1, DType::f8, true},
     {"three_row_blocks", 48, 512, 64, 4, {700, 90, 3}},
     {"odd_heads", 100, 512, 64, 1, {700, 90}},
     {"not_causal", 16, 512, 64, 4, {66, 300}, 64, false},
@@ -94,10 +99,11 @@ class Decode : public testing::TestWithParam<Case> {
     std::vector<std::byte> cache(static_cast<size_t>(pages * page_bytes), std::byte(0xff));  // NaN in every type, or in its scales
     const Kv host{format, cache.data(), page_bytes, c.page_tokens};
     std::vector<Span> spans;
-    int next = 0;
+    int next = 0, queries = 0;
     for (int s = 0; s < sequences; ++s) {
       const int length = c.lengths[size_t(s)];
-      spans.push_back({s * c.queries, c.queries, length - c.queries, 0, length, order.data() + next});
+      spans.push_back({queries, c.count(s), length - c.count(s), 0, length, order.data() + next});
+      queries += c.count(s);
       for (int j = 0; j < length; ++j) {
         std::vector<float> row(static_cast<size_t>(d_k));
         const double size = c.type == DType::f8 ? std::exp2(j * 3 % 7 - 3) : 1;  // codes' scales differ
@@ -106,7 +112,7 @@ class Decode : public testing::TestWithParam<Case> {
       }
       next += pages_of(length);
     }
-    const int64_t n = int64_t(sequences) * c.queries, rows = n * c.n_h;
+    const int64_t n = queries, rows = n * c.n_h;
     std::vector<float> q = ref::random_floats(rows * d_k, 3, c.spread);
     std::vector<uint16_t> q_bf16(q.size());
     for (size_t i = 0; i < q.size(); ++i) q_bf16[i] = f32_to_bf16(q[i]), q[i] = bf16_to_f32(q_bf16[i]);
