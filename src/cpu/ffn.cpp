@@ -70,35 +70,38 @@ Plan plan_routed(Arena& arena, const Routing& routing, int64_t n, int64_t expert
 // The activations of all places, expert by expert in tiles. A routed tile of one token uses the token's own records, so that a decode step
 // quantises each token once.
 struct Inputs {
-  const std::byte* single;  // [n] tokens, each a tile of one; none where every token has one place in `tiled`
-  const std::byte* tiled;   // [places]
+  const std::byte* single;  // [n] tokens, each a tile of one; none for many tokens that are not routed
+  const std::byte* tiled;   // [places]; none for one token
 
   const std::byte* tile(const PackedShape& shape, const Plan& plan, int64_t place, int tokens) const {
     return tokens == 1 && single ? single + plan.token[place] * shape.token_bytes() : tiled + place * shape.token_bytes();
   }
 };
 
+template <size_t Bytes>
+void copy_records_of(const PackedShape& shape, const std::byte* from, std::byte* to, int64_t step) {
+  for (int64_t b = 0; b < shape.records(); ++b) std::memcpy(to + b * step, from + size_t(b) * Bytes, Bytes);
+}
+
 // From records that lie together to their places in a tile.
 void copy_records(const PackedShape& shape, const std::byte* from, std::byte* to, int64_t step) {
-  constexpr size_t common = 64;
   const auto bytes = size_t(shape.acts.block_bytes);
-  for (int64_t b = 0; b < shape.records(); ++b, from += bytes, to += step)
-    if (bytes == common)
-      std::memcpy(to, from, common);
-    else
-      std::memcpy(to, from, bytes);
+  if (bytes == sizeof(I8Block)) return copy_records_of<sizeof(I8Block)>(shape, from, to, step);
+  if (bytes == act_block * 2) return copy_records_of<act_block * 2>(shape, from, to, step);
+  for (int64_t b = 0; b < shape.records(); ++b) std::memcpy(to + b * step, from + size_t(b) * bytes, bytes);
 }
 
 Inputs write_inputs(CpuDevice& device, const PackedShape& shape, const Plan& plan, const Tensor& x) {
   const int64_t n = x.shape[0], bytes = shape.token_bytes();
-  const bool routed = plan.place, alone = n == 1;
+  const bool routed = plan.place, alone = n == 1 && plan.active == plan.places;
+  const int64_t copies = routed && !alone ? plan.each : 0;
   auto room = [&](int64_t tokens) { return static_cast<std::byte*>(device.scratch().bytes(size_t(tokens * bytes))); };
   std::byte *single = routed || alone ? room(n) : nullptr, *tiled = alone ? nullptr : room(plan.places);
   auto write = [&](int64_t i, int) {
     const TokenRecords records = token_records(shape, single ? 1 : n, single ? 0 : i);
     std::byte* own = single ? single + i * bytes : tiled + records.offset;
     write_records(device.kernels(), shape, records, x.f32() + i * x.stride[0], x.shape[1], shape.blocks, own);
-    for (int64_t j = 0; j < plan.each && routed && !alone; ++j) {
+    for (int64_t j = 0; j < copies; ++j) {
       const int64_t place = plan.place[i * plan.each + j];
       const Plan::Expert& expert = plan.experts[plan.expert_of[place]];
       const TokenRecords to = token_records(shape, expert.count, place - expert.first);

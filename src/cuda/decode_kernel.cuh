@@ -18,7 +18,7 @@ struct DecodeLoader {
   // the first to leave it, for what is fetched is not.
   bool fetches;
   uint64_t policy;
-  int q_parity = 1, parity[2] = {1, 1};  // of the emptiness that is waited for
+  int q_parity = 1, parity[2] = {1, 1};  // of the emptiness that is waited for; the elected lane's
 
   __device__ DecodeLoader(const CUtensorMap* q, const CUtensorMap* kv, const DecodeCall& c, bool first_to_go)
       : q_map(q),
@@ -30,7 +30,8 @@ struct DecodeLoader {
         fetches(gridDim.x > 1 && !first_to_go),
         policy(cache_policy(first_to_go)) {}
 
-  // In the elected lane. Rows past the item's last may be other sequences': no row's result depends on another's.
+  // In the elected lane, as `boxes`, `even_tile` and `odd_tile`. Rows past the item's last may be other sequences': no row's result depends
+  // on another's.
   __device__ void query_box(const DecodeItem& item, int first, int box) const {
     barrier_expect(&b.shared().q_full[box], q_rows * 128);
     copy_box(b.q() + box * box_bytes, q_map, &b.shared().q_full[box], box * 64, item.start * call.n_h + first, 0);
@@ -136,7 +137,7 @@ struct DecodeGroup {
 
   // All columns.
   __device__ void wait_queries() const {
-#pragma unroll  // long sequences of two queries take 2% longer with a loop here
+#pragma unroll  // with a loop here the main loop is up to 2% slower
     for (int box = 0; box < S::boxes; ++box) barrier_wait(&b.shared().q_full[box], q_parity);
   }
 
@@ -438,7 +439,7 @@ __global__ void __launch_bounds__(decode_threads, 1)
       if constexpr (S::codes)
         codes.tiles(item, i == begin, first_page);
       else if (warp == 0)
-        loader.tiles(item, i == begin, first_page, with_tile);
+        loader.tiles(item, i == begin, first_page, with_tile ? 1 : 0);
     }
   } else {
     take_registers<S::group_registers>();

@@ -1,5 +1,5 @@
-// Joins the partial results of split sequences, a monoid over (output, log-sum): a team of warps joins 16 rows and 16 columns of one, which
-// lie together, each its share of the pieces.
+// Joins the partial results of split sequences, a monoid over (output, reference, sum): a team of warps joins 16 rows and 16 columns of
+// one, which lie together, each its share of the pieces.
 #include "cuda/decode_softmax.cuh"
 #include "cuda/launch.cuh"
 
@@ -25,7 +25,8 @@ struct Joined {
   float2 sum[4];
 };
 
-// Joins up to Most pieces; `o` is the lane's place in the first, `sums` its row r there. The four lanes of a row share out the weights.
+// Joins the first Most of the pieces, if there are so many; `o` is the lane's place in the first, `sums` its row r there. The four lanes of
+// a row share out the weights.
 template <int Most>
 __device__ Joined join_pieces(const uint4* o, const float* sums, int pieces) {
   constexpr int fours = Most / 4;
@@ -81,16 +82,16 @@ __device__ Joined join(const Joined& x, const Joined& y) {
 // Where a lane's results go, in a slab and sixteen columns.
 struct Place {
   const DecodeCall& call;
-  int rows;     // of the sequence, from this lane's row r on
-  int64_t row;  // r, of all
-  int64_t at;   // c of r, among all results
-  bool first;   // this lane has its rows' log-sums
+  int rows;       // of the sequence, from this lane's row r on
+  int64_t row;    // r, of all
+  int64_t at;     // c of r, among all results
+  bool has_sums;  // this lane stores its rows' log-sums
 
   __device__ Place(const DecodeCall& c, const DecodeMerge& merge, int slab, int sixteen) : call(c) {
     const int lane = int(threadIdx.x) & 31, in_sequence = slab * slab_rows + lane / 4;
     rows = merge.rows - in_sequence, row = int64_t(merge.start) * c.n_h + in_sequence;
     at = row * c.kv.format.layout.d_v + sixteen * 16 + lane % 4 * 2;
-    first = sixteen == 0 && lane % 4 == 0;
+    has_sums = sixteen == 0 && lane % 4 == 0;
   }
   // Divides and stores the i-th pair.
   __device__ void store(int i, float top, float total, float2 sum) const {
@@ -102,7 +103,7 @@ struct Place {
       *reinterpret_cast<float2*>(static_cast<float*>(call.o) + to) = {sum.x * scale, sum.y * scale};
     else
       *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(call.o) + to) = bf16_pair(sum.x * scale, sum.y * scale);
-    if (first && i % 2 == 0) call.lse[row + down] = total > 0 ? (top + __log2f(total)) * ln_2 : -INFINITY;
+    if (has_sums && i % 2 == 0) call.lse[row + down] = total > 0 ? (top + __log2f(total)) * ln_2 : -INFINITY;
   }
 };
 
@@ -117,14 +118,14 @@ template <int Team>
 __device__ void join_shares(const Shares& shares, int warp, int i, const Place& place) {
   const int lane = int(threadIdx.x) & 31, row = lane / 4 + i / 2 * 8;
   float top = -INFINITY, total = 0;
-  float2 share[Team], sum{};
+  float2 of_row[Team], sum{};
 #pragma unroll
-  for (int t = 0; t < Team; ++t) share[t] = shares.row[warp + t][row], top = fmaxf(top, share[t].x);
+  for (int t = 0; t < Team; ++t) of_row[t] = shares.row[warp + t][row], top = fmaxf(top, of_row[t].x);
 #pragma unroll
   for (int t = 0; t < Team; ++t) {
-    const float w = rescale(share[t].x, top);
+    const float w = rescale(of_row[t].x, top);
     const float2 x = shares.sum[warp + t][i][lane];
-    total += w * share[t].y, sum.x += w * x.x, sum.y += w * x.y;
+    total += w * of_row[t].y, sum.x += w * x.x, sum.y += w * x.y;
   }
   place.store(i, top, total, sum);
 }
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(32 * most_warps)
   __syncwarp();
   const auto* o_at = reinterpret_cast<const uint4*>(o) + lane;
   const auto* sums_at = reinterpret_cast<const float*>(sums) + lane / 4;
-  constexpr int few = 4, many = 16;
+  constexpr int few = MergeShape::few, many = MergeShape::many;
   Joined j = each <= few ? join_pieces<few>(o_at, sums_at, pieces) : join_pieces<many>(o_at, sums_at, pieces);
   for (int i = many; i < pieces; i += many)
     j = join(j, join_pieces<many>(o_at + i * 32, sums_at + i * DecodePartials::sums_of_piece, pieces - i));

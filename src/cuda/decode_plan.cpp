@@ -81,6 +81,7 @@ DecodePlan plan_decode(Spans spans, bool causal, int n_h, int page_tokens, int p
   DecodePlan plan;
   std::vector<DecodeItem> wholes;
   for (const Span& s : spans) {
+    if (s.count == 0) continue;
     DecodeItem item = whole_item(s, causal, n_h);
     item.table = int32_t(plan.pages.size());
     plan.pages.insert(plan.pages.end(), s.pages, s.pages + ceil_div(s.kv_count, page_tokens));
@@ -122,12 +123,12 @@ DecodePlan plan_decode(Spans spans, bool causal, int n_h, int page_tokens, int p
 }
 
 MergeShape merge_shape(int merges, int most_pieces, int most_rows, int d_v, int processors) {
-  constexpr int few = 4, many = 16;  // pieces of a warp: where every fourth place would do, and where all are taken
   const int sixteens = d_v / 16, tasks = merges * ceil_div(most_rows, slab_rows) * sixteens,
             places = 2 * processors * MergeShape::most_warps;
   MergeShape s{1, MergeShape::most_warps, 0, most_pieces};
+  // Few pieces a warp as long as a quarter of the places is enough for all warps, many as long as they have a place at once.
   auto larger = [&](int pieces, int of_places) { return pieces * s.team < most_pieces && 2 * s.team * tasks <= of_places; };
-  while (s.team < MergeShape::most_warps && (larger(few, places / 4) || larger(many, places))) s.team *= 2;
+  while (s.team < MergeShape::most_warps && (larger(MergeShape::few, places / 4) || larger(MergeShape::many, places))) s.team *= 2;
   s.share = ceil_div(most_pieces, s.team);
   auto blocks = [&] { return tasks * s.team / s.warps; };
   // Fewer warps if there would be multiprocessors without, or if a block would be too large.

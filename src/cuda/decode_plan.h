@@ -63,6 +63,7 @@ DecodePlan plan_decode(Spans spans, bool causal, int n_h, int page_tokens, int p
 struct MergeShape {
   static constexpr int most_warps = 8, most_bytes = 100 << 10;                        // of a block; two fit a multiprocessor
   static constexpr int o_bytes = slab_rows * 16 * 2, sums_bytes = 3 * slab_rows * 4;  // of one piece
+  static constexpr int few = 4, many = 16;                                            // pieces that a warp joins at once
   int team, warps, blocks;                                                            // blocks in all
   int share;                                                                          // pieces of a warp at most
   int bytes() const { return warps * share * (o_bytes + sums_bytes); }

@@ -92,8 +92,8 @@ __device__ inline void prefetch_map(const CUtensorMap* map) { asm volatile("pref
 // Brings the cache line of an address into the second-level cache.
 __device__ inline void prefetch_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
-// True in one lane of a warp whose lanes all come here. The compiler knows it, and keeps what the lane hands to the copy engine where that
-// reads it.
+// True in one lane of a warp whose lanes all come here, the same one each time. The compiler knows it, and keeps what the lane hands to the
+// copy engine where that reads it.
 __device__ inline bool elect_lane() {
   int is = 0;
   asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; @p mov.s32 %0, 1;}" : "+r"(is));

@@ -21,8 +21,8 @@ struct Case {
   bool causal = true;
   double spread = 1;  // of the scores
   DType type = DType::bf16;
-  bool mixed_queries = false;  // 1, 2 … queries
-  int count(int sequence) const { return mixed_queries ? 1 + sequence % queries : queries; }
+  bool mixed_queries = false;  // 1, 2 … queries, then none
+  int count(int sequence) const { return mixed_queries ? (sequence + 1) % (queries + 1) : queries; }
 };
 
 const std::vector<int> mixed = {0, 1, 63, 64, 65, 128, 200, 5, 577};
@@ -37,14 +37,20 @@ const Case cases[] = {
     {"one_head", 1, 512, 64, 1, {1000}},
     {"many_pieces", 16, 512, 64, 1, {9000}},
     {"one_long_of_many", 16, 512, 64, 4, {20000, 300, 300, 300, 300, 300, 300, 300, 300, 300, 300}},
-    {"mixed_queries", 128, 512, 64, 2, {300, 70, 65, 700, 1}, 64, true, 1, DType::bf16, true},
+    {"most_pieces", 16, 512, 64, 1, {33700}},
+    {"v2_many_pieces", 128, 512, 64, 1, {4096}},
+    {"mixed_few_queries", 8, 512, 64, 2, {300, 70, 65, 700, 1, 80}, 64, true, 1, DType::bf16, true},
+    {"mixed_queries", 128, 512, 64, 2, {300, 70, 65, 700, 1, 80}, 64, true, 1, DType::bf16, true},
     {"mixed_row_blocks", 48, 512, 64, 4, {700, 90, 300, 640, 129, 64, 70}, 64, true, 1, DType::bf16, true},
-    {"mixed_row_blocks_fp8", 48, 512, 64, 4, {700, 90, 300, 640, 129, 64, 70}, 64, true, 1, DType::f8, true},
+    {"mixed_row_blocks_fp8", 48, 512, 64, 4, {700, 0, 300, 640, 129, 64, 70}, 64, true, 1, DType::f8, true},
+    {"three_slabs", 48, 512, 64, 1, {700, 90, 3}},
     {"three_row_blocks", 48, 512, 64, 4, {700, 90, 3}},
     {"odd_heads", 100, 512, 64, 1, {700, 90}},
     {"not_causal", 16, 512, 64, 4, {66, 300}, 64, false},
     {"large_pages", 16, 512, 64, 1, {66, 300, 1000}, 256},
     {"wide_scores", 16, 512, 64, 1, {500, 1500}, 64, true, 30},
+    {"v2_wide_scores", 128, 512, 64, 1, {500, 1500}, 64, true, 30},
+    {"v2_wide_scores_fp8", 128, 512, 64, 1, {500, 1500}, 64, true, 30, DType::f8},
     {"d_c_128", 9, 128, 64, 1, mixed},
     {"d_c_128_d_R_32", 9, 128, 32, 2, {2, 64, 300, 1000}},
     {"d_c_64", 9, 64, 32, 1, mixed},

@@ -58,29 +58,30 @@ TEST(DecodePlan, SharesOutAsEvenlyAsPiecesAllow) {
   }
 }
 
-// A sequence without queries begins where the next does, and is none of its pieces.
-TEST(DecodePlan, KeepsSequencesWithoutQueriesApart) {
+TEST(DecodePlan, LeavesSequencesWithoutQueriesOut) {
   const std::vector<int32_t> pages(64, 0);
-  const std::vector<Span> spans = {{0, 0, 100, 0, 100, pages.data()}, {0, 1, 4095, 0, 4096, pages.data()}};
+  const std::vector<Span> spans = {{0, 0, 100, 0, 100, pages.data()}, {0, 1, 4095, 0, 4096, pages.data()}, {1, 0, 70, 0, 70, pages.data()}};
   const DecodePlan plan = plan_decode(spans, true, 16, 64, 8);
   ASSERT_EQ(plan.merges.size(), 1u);
   EXPECT_EQ(plan.merges[0].pieces, plan.slots);
-  EXPECT_EQ(plan.items[0].slot, -1);
+  EXPECT_EQ(int(plan.items.size()), plan.slots);
+  EXPECT_TRUE(plan_decode(Spans(spans).first(1), true, 16, 64, 8).parts.empty());
 }
 
 // Few pieces of many sequences or many of one: blocks fit their memory and share the work evenly.
 TEST(DecodePlan, MergesFitAMultiprocessor) {
-  for (const int d_v : {512, 128, 64})
-    for (const int rows : {1, 16, 17, 64, 128, 512})
-      for (int merges = 1; merges < 132; ++merges)
-        for (int pieces = 2; pieces <= 132; ++pieces) {
-          const MergeShape s = merge_shape(merges, pieces, rows, d_v, 132);
-          ASSERT_LE(s.bytes(), MergeShape::most_bytes) << merges << " merges of " << pieces << " pieces, " << rows << " rows";
-          ASSERT_GE(s.share * s.team, pieces);
-          ASSERT_EQ(s.warps % s.team, 0);
-          ASSERT_EQ(d_v / 16 * s.team % s.warps, 0);
-          ASSERT_EQ(s.blocks, merges * ((rows + 15) / 16) * (d_v / 16 * s.team / s.warps));
-        }
+  for (const int processors : {78, 114, 132})
+    for (const int d_v : {512, 128, 64})
+      for (const int rows : {1, 16, 17, 64, 128, 512})
+        for (int merges = 1; merges < processors; merges += 1 + merges / 16)
+          for (int pieces = 2; pieces <= processors; ++pieces) {
+            const MergeShape s = merge_shape(merges, pieces, rows, d_v, processors);
+            ASSERT_LE(s.bytes(), MergeShape::most_bytes) << merges << " merges of " << pieces << " pieces, " << rows << " rows";
+            ASSERT_GE(s.share * s.team, pieces);
+            ASSERT_EQ(s.warps % s.team, 0);
+            ASSERT_EQ(d_v / 16 * s.team % s.warps, 0);
+            ASSERT_EQ(s.blocks, merges * ((rows + 15) / 16) * (d_v / 16 * s.team / s.warps));
+          }
 }
 
 }  // namespace
