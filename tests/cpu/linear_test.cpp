@@ -318,11 +318,14 @@ TEST_P(LinearTest, feeds_forward) {
       std::vector<float> y = start, alone = start;
       const Routing routing{view(expert.data(), DType::i32, {n, k}), view(weight.data(), DType::f32, {n, k})};
       device->ffn(in, w, routed ? &routing : nullptr, view(y.data(), DType::f32, {n, d}));
-      for (int64_t i = 0; i < n; ++i) {
+      for (int64_t i = 0; i<n; i += n> 33 ? 16 : 1) {
         const Routing one{slice(routing.expert, 0, i, 1), slice(routing.weight, 0, i, 1)};
         serial->ffn(slice(in, 0, i, 1), w1, routed ? &one : nullptr, view(alone.data() + i * d, DType::f32, {1, d}));
+        if (GetParam().machine.kernels) {
+          ASSERT_EQ(0, std::memcmp(y.data() + i * d, alone.data() + i * d, size_t(d) * 4))
+              << (routed ? "routed " : "dense ") << i << " of " << n;
+        }
       }
-      if (GetParam().machine.kernels) { EXPECT_EQ(0, std::memcmp(y.data(), alone.data(), y.size() * 4)) << (routed ? "routed" : "dense"); }
       if (GetParam().machine.kernels && n > 33) continue;  // the same as alone; the largest of so many errors says nothing more
 
       const ref::Matrix inputs = ref::to_double(x.data(), n, d, d);
