@@ -78,6 +78,8 @@ struct DecodeLoader {
     parity[1] ^= 1;
   }
 
+  __device__ int row_of(int tile) const { return tile % tiles_a_page * tile_tokens; }
+
   // Brings a tile into the second-level cache, with the other blocks that go through the same items.
   __device__ void fetch(int y, int page) const {
     const int row_bytes = call.kv.format.layout.d_k * 2, bytes = tile_tokens * row_bytes;
@@ -89,10 +91,8 @@ struct DecodeLoader {
   __device__ void fetch_pair(const DecodeItem& item, int t) const {
     const int mine = t + lane < item.tile_end ? call.plan.pages[item.table + (t + lane) / tiles_a_page] : 0;
     for (int i = 0; i < 2; ++i)
-      if (t + i < item.tile_end) fetch((t + i) % tiles_a_page * tile_tokens, __shfl_sync(~0u, mine, i));
+      if (t + i < item.tile_end) fetch(row_of(t + i), __shfl_sync(~0u, mine, i));
   }
-
-  __device__ int row_of(int tile) const { return tile % tiles_a_page * tile_tokens; }
 
   // `first_page`: a part's first item has its first pages here, one a lane. The first `done` tiles are on their way.
   __device__ void tiles(const DecodeItem& item, bool has_first, int first_page, int done) {

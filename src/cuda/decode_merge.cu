@@ -4,6 +4,7 @@
 #include "cuda/launch.cuh"
 
 #include <algorithm>
+#include <bit>
 
 namespace mla::cuda {
 namespace {
@@ -188,10 +189,8 @@ void merge_decode(const DecodeCall& call, DecodePartials partial, int d_v, cudaS
   const DeviceDecodePlan& plan = call.plan;
   const MergeShape shape = merge_shape(plan.merges, plan.most_pieces, plan.most_rows, d_v, processors());
   require(shape.bytes() <= MergeShape::most_bytes, "more pieces than a merge takes");
-  const auto kernel = shape.team == 1   ? merge_kernel<1>
-                      : shape.team == 2 ? merge_kernel<2>
-                      : shape.team == 4 ? merge_kernel<4>
-                                        : merge_kernel<8>;
+  constexpr decltype(&merge_kernel<1>) kernels[] = {merge_kernel<1>, merge_kernel<2>, merge_kernel<4>, merge_kernel<8>};
+  const auto kernel = kernels[std::countr_zero(unsigned(shape.team))];
   // So much memory that they do not crowd on the multiprocessors that are idle first.
   const int rounds = std::clamp((shape.blocks + processors() - 1) / processors(), 1, 3), room = (220 << 10) / rounds - (16 << 10);
   // The division of memory that the decode kernel left, so that no multiprocessor waits to be divided anew.

@@ -73,7 +73,7 @@ TEST(DecodePlan, MergesFitAMultiprocessor) {
   for (const int processors : {78, 114, 132})
     for (const int d_v : {512, 128, 64})
       for (const int rows : {1, 16, 17, 64, 128, 512})
-        for (int merges = 1; merges < processors; merges += 1 + merges / 16)
+        for (int merges = 1; merges < processors; ++merges)
           for (int pieces = 2; pieces <= processors; ++pieces) {
             const MergeShape s = merge_shape(merges, pieces, rows, d_v, processors);
             ASSERT_LE(s.bytes(), MergeShape::most_bytes) << merges << " merges of " << pieces << " pieces, " << rows << " rows";
