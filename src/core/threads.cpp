@@ -6,6 +6,7 @@
 #include <sched.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -16,13 +17,28 @@
 namespace mla {
 namespace {
 
-// Spins before a worker goes to sleep: about 50 µs, longer than the serial code between two loops of a decode step.
-constexpr int spins = 4000;
+// How long a thread waits awake for the next loop, or for the others to end theirs: on a virtual machine one that sleeps takes part of a
+// millisecond to come back. Longer than the serial code between two loops of a decode step it lets others have its processor.
+constexpr std::chrono::microseconds alone{50}, awake{3000};
 
 void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #endif
+}
+
+// Returns when done(), or after a while.
+template <class Done>
+void wait_awake(Done done) {
+  using Clock = std::chrono::steady_clock;
+  const auto begin = Clock::now();
+  for (auto now = begin; now < begin + awake; now = Clock::now()) {
+    for (int i = 0; i < 64; ++i) {
+      if (done()) return;
+      relax();
+    }
+    if (now > begin + alone) std::this_thread::yield();
+  }
 }
 
 }  // namespace
@@ -67,7 +83,7 @@ struct Threads::State {
   void loop(int thread) {
     uint64_t seen = 0;
     for (;;) {
-      for (int i = 0; i < spins && epoch.load(std::memory_order_acquire) == seen; ++i) relax();
+      wait_awake([&] { return epoch.load(std::memory_order_acquire) != seen; });
       if (epoch.load(std::memory_order_acquire) == seen) {
         std::unique_lock lock(mutex);
         sleeping.fetch_add(1);
@@ -119,8 +135,9 @@ void Threads::run(int64_t n, Call call, void* context) {
     s.wake.notify_all();
   }
   s.work(0);
-  // With more threads than processors a worker may not be running: let it.
-  for (int i = 0; s.busy.load(std::memory_order_acquire) > 0; ++i) i < spins ? relax() : std::this_thread::yield();
+  const auto done = [&] { return s.busy.load(std::memory_order_acquire) == 0; };
+  do wait_awake(done);
+  while (!done());
   if (s.error) std::rethrow_exception(std::exchange(s.error, nullptr));
 }
 

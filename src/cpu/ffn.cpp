@@ -1,12 +1,14 @@
 // Gated feed-forward networks and stacks of them: each chosen expert's weights are read once for all its tokens, in two loops over
-// the threads, one for gate and up of all experts and one for down. A token adds its experts in ascending order, so that its result
-// does not depend on the batch.
+// the threads, one for gate and up of all experts and one for down, and a third that adds where experts have many tokens. A token adds its
+// experts in ascending order, so that its result does not depend on the batch.
 #include "core/check.h"
 #include "cpu/cpu.h"
 #include "cpu/tiles.h"
 #include "cpu/work.h"
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 
 namespace mla {
 namespace {
@@ -15,21 +17,29 @@ namespace {
 struct Plan {
   struct Expert {
     int64_t expert, first, count;  // places [first, first + count)
+    int64_t pieces_before = 0;
   };
   Expert* experts;
   int64_t active;
   int32_t* token;  // [places]
   float* weight;   // [places]
   int64_t places;
+  int64_t pieces;  // of at most tokens_per_piece tokens, of all experts
   // Of routed tokens:
   int64_t each = 1;              // places of a token
   int32_t* place = nullptr;      // [tokens, each]
   int32_t* expert_of = nullptr;  // [places], among `experts`
+
+  int64_t average() const { return (places + active - 1) / active; }  // tokens of an expert
 };
 
 Plan plan_dense(Arena& arena, int64_t n) {
-  Plan plan{static_cast<Plan::Expert*>(arena.bytes(sizeof(Plan::Expert))), 1, static_cast<int32_t*>(arena.bytes(size_t(n) * 4)),
-            static_cast<float*>(arena.bytes(size_t(n) * 4)), n};
+  Plan plan{static_cast<Plan::Expert*>(arena.bytes(sizeof(Plan::Expert))),
+            1,
+            static_cast<int32_t*>(arena.bytes(size_t(n) * 4)),
+            static_cast<float*>(arena.bytes(size_t(n) * 4)),
+            n,
+            token_pieces(n)};
   plan.experts[0] = {0, 0, n};
   for (int64_t i = 0; i < n; ++i) plan.token[i] = int32_t(i), plan.weight[i] = 1;
   return plan;
@@ -42,6 +52,7 @@ Plan plan_routed(Arena& arena, const Routing& routing, int64_t n, int64_t expert
             static_cast<int32_t*>(arena.bytes(size_t(places) * 4)),
             static_cast<float*>(arena.bytes(size_t(places) * 4)),
             places,
+            0,
             k,
             static_cast<int32_t*>(arena.bytes(size_t(places) * 4)),
             static_cast<int32_t*>(arena.bytes(size_t(places) * 4))};
@@ -55,7 +66,8 @@ Plan plan_routed(Arena& arena, const Routing& routing, int64_t n, int64_t expert
   for (int64_t e = 0, first = 0; e < experts; ++e) {
     const int64_t count = next[e];
     for (int64_t i = 0; i < count; ++i) plan.expert_of[first + i] = int32_t(plan.active);
-    if (count) plan.experts[plan.active++] = {e, first, count};
+    if (count) plan.experts[plan.active++] = {e, first, count, plan.pieces};
+    plan.pieces += token_pieces(count);
     next[e] = first;
     first += count;
   }
@@ -115,25 +127,42 @@ Inputs write_inputs(CpuDevice& device, const PackedShape& shape, const Plan& pla
   return {single, tiled};
 }
 
+// A share of a product's work: some groups of an expert's rows, some of its tokens. Those of the same rows follow each other, so that their
+// weights stay in the cache.
+struct Piece {
+  const Plan::Expert& expert;
+  int64_t row, groups;  // the first of row pieces, in groups
+  int64_t from, to;     // tokens of the expert
+};
+Piece piece_of(const Plan& plan, int64_t item, int64_t groups, int64_t piece) {
+  const int64_t down = (groups + piece - 1) / piece;
+  const Plan::Expert& expert = *std::prev(std::upper_bound(plan.experts, plan.experts + plan.active, item,
+                                                           [&](int64_t i, const Plan::Expert& e) { return i < e.pieces_before * down; }));
+  const int64_t across = token_pieces(expert.count), own = item - expert.pieces_before * down;
+  const int64_t first = own / across * piece, from = own % across * tokens_per_piece;
+  return {expert, first, std::min(piece, groups - first), from, std::min(expert.count, from + tokens_per_piece)};
+}
+
+// Groups of rows in such a piece.
+int64_t rows_of_piece(CpuDevice& device, const PackedShape& shape, const Plan& plan, int64_t group_bytes) {
+  const int64_t matrices = shape.acts.any_tokens ? plan.pieces : plan.active;
+  return groups_per_piece(shape.acts, shape.groups * matrices, group_bytes, plan.average(), device.threads().count());
+}
+
 // hidden = silu(gate x) ⊙ up x, written as the activations of down.
 void gate_and_up(CpuDevice& device, const FfnWeights& w, const PackedShape& gate, const PackedShape& up, const PackedShape& down,
                  const Plan& plan, const Inputs& x, const Inputs* x_up, std::byte* hidden) {
   const Kernels& kernels = device.kernels();
-  const int64_t width = w.gate.rows, average = (plan.places + plan.active - 1) / plan.active;
   // An even number of groups, so that a piece fills whole blocks of down's activations.
-  const int64_t piece =
-      (groups_per_piece(gate.acts, gate.groups * plan.active, gate.group_bytes + up.group_bytes, average, device.threads().count()) + 1) /
-      2 * 2;
-  const int64_t pieces = (gate.groups + piece - 1) / piece;
-  share_out(device.threads(), plan.active * pieces, [&](int64_t item, int) {
-    const Plan::Expert& expert = plan.experts[item / pieces];
-    const int64_t first = item % pieces * piece, groups = std::min(piece, gate.groups - first);
-    const int64_t rows = std::min(groups * lanes, width - first * lanes), block = first * lanes / act_block;
+  const int64_t piece = (rows_of_piece(device, gate, plan, gate.group_bytes + up.group_bytes) + 1) / 2 * 2;
+  share_out(device.threads(), plan.pieces * ((gate.groups + piece - 1) / piece), [&](int64_t item, int) {
+    const auto [expert, first, groups, from, to] = piece_of(plan, item, gate.groups, piece);
+    const int64_t rows = std::min(groups * lanes, w.gate.rows - first * lanes), block = first * lanes / act_block;
     const int64_t blocks = first + groups == gate.groups ? down.blocks - block : groups * lanes / act_block;
     const std::byte* gate_at = w.gate.data + expert.expert * w.gate.matrix_bytes + first * gate.group_bytes;
     const std::byte* up_at = w.up.data + expert.expert * w.up.matrix_bytes + first * up.group_bytes;
     alignas(64) float g[most_tokens * most_groups * lanes], u[most_tokens * most_groups * lanes];
-    for_tiles(gate.acts, expert.count, 0, expert.count, [&](int64_t at, int tokens) {
+    for_tiles(gate.acts, expert.count, from, to, [&](int64_t at, int tokens) {
       const int64_t place = expert.first + at;
       multiply_tile(gate, {gate_at, gate.group_bytes, groups, x.tile(gate, plan, place, tokens), tokens, gate.units, at == 0, up_at, g,
                            groups * lanes});
@@ -141,20 +170,19 @@ void gate_and_up(CpuDevice& device, const FfnWeights& w, const PackedShape& gate
                          gate_at + groups * gate.group_bytes, u, groups * lanes});
       for (int t = 0; t < tokens; ++t) {
         kernels.silu_mul(g + t * groups * lanes, u + t * groups * lanes, rows);
-        const TokenRecords to = token_records(down, expert.count, at + t);
-        write_records(kernels, down, to, g + t * groups * lanes, rows, blocks,
-                      hidden + expert.first * down.token_bytes() + to.offset + block * to.step);
+        const TokenRecords records = token_records(down, expert.count, at + t);
+        write_records(kernels, down, records, g + t * groups * lanes, rows, blocks,
+                      hidden + expert.first * down.token_bytes() + records.offset + block * records.step);
       }
     });
   });
 }
 
-// out[token] += weight · down hidden
-void down_and_add(CpuDevice& device, const FfnWeights& w, const PackedShape& down, const Plan& plan, const std::byte* hidden,
-                  const Tensor& out) {
-  const int64_t average = (plan.places + plan.active - 1) / plan.active;
-  const int64_t few = average <= 4 ? std::min<int64_t>(plan.active, 4) : 1;  // a piece reads its rows of every expert
-  const int64_t piece = groups_per_piece(down.acts, down.groups, down.group_bytes * few, average, device.threads().count());
+// out[token] += weight · down hidden, where experts have few tokens: a piece reads its rows of every expert.
+void down_of_few(CpuDevice& device, const FfnWeights& w, const PackedShape& down, const Plan& plan, const std::byte* hidden,
+                 const Tensor& out) {
+  const int64_t few = plan.average() <= 4 ? std::min<int64_t>(plan.active, 4) : 1;
+  const int64_t piece = groups_per_piece(down.acts, down.groups, down.group_bytes * few, plan.average(), device.threads().count());
   share_out(device.threads(), (down.groups + piece - 1) / piece, [&](int64_t item, int) {
     const int64_t first = item * piece, groups = std::min(piece, down.groups - first),
                   rows = std::min(groups * lanes, w.down.rows - first * lanes);
@@ -172,6 +200,39 @@ void down_and_add(CpuDevice& device, const FfnWeights& w, const PackedShape& dow
                                out.f32() + plan.token[place + t] * out.stride[0] + first * lanes);
       });
     }
+  });
+}
+
+// The same where they have many: an expert's tokens stay in the second-level cache while its rows pass. Results of several experts wait for
+// each other, then each token adds its own.
+void down_of_many(CpuDevice& device, const FfnWeights& w, const PackedShape& down, const Plan& plan, const std::byte* hidden,
+                  const Tensor& out) {
+  const int64_t d = w.down.rows, piece = rows_of_piece(device, down, plan, down.group_bytes);
+  const bool several = plan.active > 1;
+  auto* results = several ? static_cast<float*>(device.scratch().bytes(size_t(plan.places * d) * sizeof(float))) : nullptr;  // [places, d]
+  share_out(device.threads(), plan.pieces * ((down.groups + piece - 1) / piece), [&](int64_t item, int) {
+    const auto [expert, first, groups, from, to] = piece_of(plan, item, down.groups, piece);
+    const int64_t rows = std::min(groups * lanes, d - first * lanes);
+    const std::byte* weights = w.down.data + expert.expert * w.down.matrix_bytes + first * down.group_bytes;
+    alignas(64) float y[most_tokens * most_groups * lanes];
+    for_tiles(down.acts, expert.count, from, to, [&](int64_t at, int tokens) {
+      const int64_t place = expert.first + at;
+      multiply_tile(down, {weights, down.group_bytes, groups, hidden + place * down.token_bytes(), tokens, down.units, at == 0,
+                           weights + groups * down.group_bytes, y, groups * lanes});
+      for (int t = 0; t < tokens; ++t)
+        if (several)
+          std::memcpy(results + (place + t) * d + first * lanes, y + t * groups * lanes, size_t(rows) * sizeof(float));
+        else
+          device.kernels().add(y + t * groups * lanes, plan.weight[place + t], rows,
+                               out.f32() + plan.token[place + t] * out.stride[0] + first * lanes);
+    });
+  });
+  if (!several) return;
+  device.threads().parallel(out.shape[0], [&](int64_t token, int) {
+    int32_t* const own = plan.place + token * plan.each;
+    std::sort(own, own + plan.each);  // by expert
+    for (int64_t j = 0; j < plan.each; ++j)
+      device.kernels().add(results + own[j] * d, plan.weight[own[j]], d, out.f32() + token * out.stride[0]);
   });
 }
 
@@ -203,7 +264,7 @@ void CpuDevice::ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tenso
   const Inputs others = same ? inputs : write_inputs(*this, up, plan, x);
   auto* hidden = static_cast<std::byte*>(scratch_.bytes(size_t(plan.places * down.token_bytes())));
   gate_and_up(*this, w, gate, up, down, plan, inputs, same ? nullptr : &others, hidden);
-  down_and_add(*this, w, down, plan, hidden, out);
+  (plan.average() > 16 ? down_of_many : down_of_few)(*this, w, down, plan, hidden, out);
 }
 
 }  // namespace mla

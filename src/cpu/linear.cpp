@@ -28,8 +28,6 @@ struct Job {
   int64_t piece = 0, row_pieces = 0, items = 0;
 };
 
-constexpr int64_t tokens_per_piece = 128;  // a multiple of every tile
-
 // The activations as the job wants them, in the device's scratch; x itself where it already is a record.
 const std::byte* write_acts(CpuDevice& device, const Activations& in, const Job& job) {
   const PackedShape& shape = job.shape;
@@ -52,9 +50,9 @@ const std::byte* write_acts(CpuDevice& device, const Activations& in, const Job&
 
 void multiply_piece(CpuDevice& device, const Activations& in, const Job& job, int64_t item) {
   const PackedShape& shape = job.shape;
-  const int64_t token_pieces = (in.n + tokens_per_piece - 1) / tokens_per_piece;
-  const int64_t h = item / (job.row_pieces * token_pieces), first = item / token_pieces % job.row_pieces * job.piece;
-  const int64_t groups = std::min(job.piece, shape.groups - first), from = item % token_pieces * tokens_per_piece;
+  const int64_t across = token_pieces(in.n);
+  const int64_t h = item / (job.row_pieces * across), first = item / across % job.row_pieces * job.piece;
+  const int64_t groups = std::min(job.piece, shape.groups - first), from = item % across * tokens_per_piece;
   const int64_t rows = std::min(groups * lanes, job.w->rows - first * lanes);
   alignas(64) float out[most_tokens * most_groups * lanes];
   for_tiles(shape.acts, in.n, from, std::min(in.n, from + tokens_per_piece), [&](int64_t at, int tokens) {
@@ -70,10 +68,10 @@ void multiply_piece(CpuDevice& device, const Activations& in, const Job& job, in
 void multiply(CpuDevice& device, const Activations& in, std::span<Job> jobs) {
   if (in.n == 0) return;
   ArenaScope scope(device.scratch());
-  const int64_t token_pieces = (in.n + tokens_per_piece - 1) / tokens_per_piece;
+  const int64_t across = token_pieces(in.n);
   int64_t items = 0, groups = 0;
   // Pieces of many tokens are work, too, where a piece is so soon done that rows in larger ones pay.
-  for (const Job& job : jobs) groups += job.shape.groups * in.heads * (job.shape.acts.any_tokens ? token_pieces : 1);
+  for (const Job& job : jobs) groups += job.shape.groups * in.heads * (job.shape.acts.any_tokens ? across : 1);
   for (Job& job : jobs) {
     CHECK(job.shape.product, "no products with {} weights", info(job.w->dtype).name);
     for (const Job* other = jobs.data(); other != &job; ++other)
@@ -81,7 +79,7 @@ void multiply(CpuDevice& device, const Activations& in, std::span<Job> jobs) {
     if (!job.acts) job.acts = write_acts(device, in, job);
     job.piece = groups_per_piece(job.shape.acts, groups, job.shape.group_bytes, in.n, device.threads().count());
     job.row_pieces = (job.shape.groups + job.piece - 1) / job.piece;
-    job.items = in.heads * job.row_pieces * token_pieces;
+    job.items = in.heads * job.row_pieces * across;
     items += job.items;
   }
   share_out(device.threads(), items, [&](int64_t item, int) {

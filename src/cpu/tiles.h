@@ -74,8 +74,10 @@ inline void write_records(const Kernels& kernels, const PackedShape& shape, cons
   }
 }
 
-constexpr int most_groups = 16;  // of one piece of work: its results for a tile of 8 tokens stay in the first-level cache
-constexpr int most_tokens = 32;  // of a tile
+constexpr int most_groups = 16;            // of one piece of work: its results for a tile of 8 tokens stay in the first-level cache
+constexpr int most_tokens = 32;            // of a tile
+constexpr int64_t tokens_per_piece = 128;  // a multiple of every tile
+inline int64_t token_pieces(int64_t tokens) { return (tokens + tokens_per_piece - 1) / tokens_per_piece; }
 
 // The product of a tile, in as many passes as its activations have.
 inline void multiply_tile(const PackedShape& shape, const Product& p) {
