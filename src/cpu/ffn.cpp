@@ -158,20 +158,21 @@ void gate_and_up(CpuDevice& device, const FfnWeights& w, const PackedShape& gate
   share_out(device.threads(), plan.pieces * ((gate.groups + piece - 1) / piece), [&](int64_t item, int) {
     const auto [expert, first, groups, from, to] = piece_of(plan, item, gate.groups, piece);
     const int64_t rows = std::min(groups * lanes, w.gate.rows - first * lanes), block = first * lanes / act_block;
+    const int64_t stride = results_stride(groups);
     const int64_t blocks = first + groups == gate.groups ? down.blocks - block : groups * lanes / act_block;
     const std::byte* gate_at = w.gate.data + expert.expert * w.gate.matrix_bytes + first * gate.group_bytes;
     const std::byte* up_at = w.up.data + expert.expert * w.up.matrix_bytes + first * up.group_bytes;
-    alignas(64) float g[most_tokens * most_groups * lanes], u[most_tokens * most_groups * lanes];
+    alignas(64) Results g, u;
     for_tiles(gate.acts, expert.count, from, to, [&](int64_t at, int tokens) {
       const int64_t place = expert.first + at;
-      multiply_tile(gate, {gate_at, gate.group_bytes, groups, x.tile(gate, plan, place, tokens), tokens, gate.units, at == 0, up_at, g,
-                           groups * lanes});
+      multiply_tile(gate,
+                    {gate_at, gate.group_bytes, groups, x.tile(gate, plan, place, tokens), tokens, gate.units, at == 0, up_at, g, stride});
       multiply_tile(up, {up_at, up.group_bytes, groups, (x_up ? *x_up : x).tile(up, plan, place, tokens), tokens, up.units, at == 0,
-                         gate_at + groups * gate.group_bytes, u, groups * lanes});
+                         gate_at + groups * gate.group_bytes, u, stride});
       for (int t = 0; t < tokens; ++t) {
-        kernels.silu_mul(g + t * groups * lanes, u + t * groups * lanes, rows);
+        kernels.silu_mul(g + t * stride, u + t * stride, rows);
         const TokenRecords records = token_records(down, expert.count, at + t);
-        write_records(kernels, down, records, g + t * groups * lanes, rows, blocks,
+        write_records(kernels, down, records, g + t * stride, rows, blocks,
                       hidden + expert.first * down.token_bytes() + records.offset + block * records.step);
       }
     });
@@ -184,19 +185,19 @@ void down_of_few(CpuDevice& device, const FfnWeights& w, const PackedShape& down
   const int64_t few = plan.average() <= 4 ? std::min<int64_t>(plan.active, 4) : 1;
   const int64_t piece = groups_per_piece(down.acts, down.groups, down.group_bytes * few, plan.average(), device.threads().count());
   share_out(device.threads(), (down.groups + piece - 1) / piece, [&](int64_t item, int) {
-    const int64_t first = item * piece, groups = std::min(piece, down.groups - first),
-                  rows = std::min(groups * lanes, w.down.rows - first * lanes);
+    const int64_t first = item * piece, groups = std::min(piece, down.groups - first), stride = results_stride(groups);
+    const int64_t rows = std::min(groups * lanes, w.down.rows - first * lanes);
     auto weights_of = [&](int64_t e) { return w.down.data + plan.experts[e].expert * w.down.matrix_bytes + first * down.group_bytes; };
-    alignas(64) float y[most_tokens * most_groups * lanes];
+    alignas(64) Results y;
     for (int64_t e = 0; e < plan.active; ++e) {
       const Plan::Expert& expert = plan.experts[e];
       const std::byte* next = e + 1 < plan.active ? weights_of(e + 1) : weights_of(0) + groups * down.group_bytes;
       for_tiles(down.acts, expert.count, 0, expert.count, [&](int64_t at, int tokens) {
         const int64_t place = expert.first + at;
         multiply_tile(down, {weights_of(e), down.group_bytes, groups, hidden + place * down.token_bytes(), tokens, down.units, at == 0,
-                             next, y, groups * lanes});
+                             next, y, stride});
         for (int t = 0; t < tokens; ++t)
-          device.kernels().add(y + t * groups * lanes, plan.weight[place + t], rows,
+          device.kernels().add(y + t * stride, plan.weight[place + t], rows,
                                out.f32() + plan.token[place + t] * out.stride[0] + first * lanes);
       });
     }
@@ -212,18 +213,18 @@ void down_of_many(CpuDevice& device, const FfnWeights& w, const PackedShape& dow
   auto* results = several ? static_cast<float*>(device.scratch().bytes(size_t(plan.places * d) * sizeof(float))) : nullptr;  // [places, d]
   share_out(device.threads(), plan.pieces * ((down.groups + piece - 1) / piece), [&](int64_t item, int) {
     const auto [expert, first, groups, from, to] = piece_of(plan, item, down.groups, piece);
-    const int64_t rows = std::min(groups * lanes, d - first * lanes);
+    const int64_t rows = std::min(groups * lanes, d - first * lanes), stride = results_stride(groups);
     const std::byte* weights = w.down.data + expert.expert * w.down.matrix_bytes + first * down.group_bytes;
-    alignas(64) float y[most_tokens * most_groups * lanes];
+    alignas(64) Results y;
     for_tiles(down.acts, expert.count, from, to, [&](int64_t at, int tokens) {
       const int64_t place = expert.first + at;
       multiply_tile(down, {weights, down.group_bytes, groups, hidden + place * down.token_bytes(), tokens, down.units, at == 0,
-                           weights + groups * down.group_bytes, y, groups * lanes});
+                           weights + groups * down.group_bytes, y, stride});
       for (int t = 0; t < tokens; ++t)
         if (several)
-          std::memcpy(results + (place + t) * d + first * lanes, y + t * groups * lanes, size_t(rows) * sizeof(float));
+          std::memcpy(results + (place + t) * d + first * lanes, y + t * stride, size_t(rows) * sizeof(float));
         else
-          device.kernels().add(y + t * groups * lanes, plan.weight[place + t], rows,
+          device.kernels().add(y + t * stride, plan.weight[place + t], rows,
                                out.f32() + plan.token[place + t] * out.stride[0] + first * lanes);
     });
   });

@@ -53,13 +53,13 @@ void multiply_piece(CpuDevice& device, const Activations& in, const Job& job, in
   const int64_t across = token_pieces(in.n);
   const int64_t h = item / (job.row_pieces * across), first = item / across % job.row_pieces * job.piece;
   const int64_t groups = std::min(job.piece, shape.groups - first), from = item % across * tokens_per_piece;
-  const int64_t rows = std::min(groups * lanes, job.w->rows - first * lanes);
-  alignas(64) float out[most_tokens * most_groups * lanes];
+  const int64_t rows = std::min(groups * lanes, job.w->rows - first * lanes), stride = results_stride(groups);
+  alignas(64) Results out;
   for_tiles(shape.acts, in.n, from, std::min(in.n, from + tokens_per_piece), [&](int64_t at, int tokens) {
     multiply_tile(shape, {job.w->data + h * job.w->matrix_bytes + first * shape.group_bytes, shape.group_bytes, groups,
-                          job.acts + (h * in.n + at) * shape.token_bytes(), tokens, shape.units, at == from, nullptr, out, groups * lanes});
+                          job.acts + (h * in.n + at) * shape.token_bytes(), tokens, shape.units, at == from, nullptr, out, stride});
     for (int t = 0; t < tokens; ++t)
-      device.kernels().finish(out + t * groups * lanes, job.bias ? job.bias + first * lanes : nullptr, job.add, rows,
+      device.kernels().finish(out + t * stride, job.bias ? job.bias + first * lanes : nullptr, job.add, rows,
                               job.y + (at + t) * job.y_token + h * job.y_head + first * lanes);
   });
 }

@@ -77,19 +77,24 @@ inline void write_records(const Kernels& kernels, const PackedShape& shape, cons
 constexpr int most_groups = 16;            // of one piece of work: its results for a tile of 8 tokens stay in the first-level cache
 constexpr int most_tokens = 32;            // of a tile
 constexpr int64_t tokens_per_piece = 128;  // a multiple of every tile
+// Of a piece's results from one token to the next: a line more than they take, lest those of several tokens meet in the same sets of the
+// cache.
+constexpr int64_t results_stride(int64_t groups) { return (groups + 1) * lanes; }
+using Results = float[most_tokens * results_stride(most_groups)];
 inline int64_t token_pieces(int64_t tokens) { return (tokens + tokens_per_piece - 1) / tokens_per_piece; }
 
 // The product of a tile, in as many passes as its activations have.
 inline void multiply_tile(const PackedShape& shape, const Product& p) {
   shape.product(p);
   if (shape.passes == 1) return;
-  alignas(64) float second[most_tokens * most_groups * lanes];
+  alignas(64) Results second;
   Product rest = p;
   rest.acts += p.tokens * shape.blocks * shape.acts.block_bytes;
   rest.fetch = false;
   rest.out = second;
   shape.product(rest);
-  for (int64_t i = 0; i < p.tokens * p.stride; ++i) p.out[i] += second[i];
+  for (int64_t t = 0; t < p.tokens; ++t)
+    for (int64_t i = t * p.stride; i < t * p.stride + p.groups * lanes; ++i) p.out[i] += second[i];
 }
 
 // Groups in a piece of work. Few tokens: enough bytes for a stream, few enough to end together. Many: what stays in the
