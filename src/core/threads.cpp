@@ -5,6 +5,7 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -58,7 +59,7 @@ struct Threads::State {
   alignas(64) std::atomic<int> busy{0};
   Call call = nullptr;
   void* context = nullptr;
-  int64_t n = 0;
+  int64_t n = 0, step = 1;  // indices taken at a time
   std::atomic<bool> stop{false};
   std::mutex mutex;
   std::condition_variable wake;
@@ -68,10 +69,10 @@ struct Threads::State {
 
   void work(int thread) {
     for (;;) {
-      const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
-      if (i >= n) return;
+      const int64_t first = next.fetch_add(step, std::memory_order_relaxed);
+      if (first >= n) return;
       try {
-        call(context, i, thread);
+        for (int64_t i = first; i < std::min(n, first + step); ++i) call(context, i, thread);
       } catch (...) {
         std::lock_guard lock(error_mutex);
         if (!error) error = std::current_exception();
@@ -127,6 +128,7 @@ void Threads::run(int64_t n, Call call, void* context) {
   s.call = call;
   s.context = context;
   s.n = n;
+  s.step = std::max<int64_t>(1, n / (32 * s.count));  // short tasks would queue up for the counter
   s.next.store(0, std::memory_order_relaxed);
   s.busy.store(int(s.workers.size()), std::memory_order_relaxed);
   s.epoch.fetch_add(1);
