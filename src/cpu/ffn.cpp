@@ -204,12 +204,12 @@ void down_of_few(CpuDevice& device, const FfnWeights& w, const PackedShape& down
   });
 }
 
-// The same where they have many: an expert's tokens stay in the second-level cache while its rows pass. Results of several experts wait for
-// each other, then each token adds its own.
+// The same where they have many: an expert's tokens stay in the second-level cache while its rows pass. If tokens have several places,
+// their results wait for each other.
 void down_of_many(CpuDevice& device, const FfnWeights& w, const PackedShape& down, const Plan& plan, const std::byte* hidden,
                   const Tensor& out) {
   const int64_t d = w.down.rows, piece = rows_of_piece(device, down, plan, down.group_bytes);
-  const bool several = plan.active > 1;
+  const bool several = plan.each > 1;
   auto* results = several ? static_cast<float*>(device.scratch().bytes(size_t(plan.places * d) * sizeof(float))) : nullptr;  // [places, d]
   share_out(device.threads(), plan.pieces * ((down.groups + piece - 1) / piece), [&](int64_t item, int) {
     const auto [expert, first, groups, from, to] = piece_of(plan, item, down.groups, piece);

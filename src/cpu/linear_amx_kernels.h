@@ -62,7 +62,7 @@ inline void multiply_tiles(const Product& p, int64_t first, int64_t from, int64_
 // by row, as they lie.
 template <int A, int G>
 inline void multiply_stretches(const Product& p) {
-  constexpr int64_t stretch = 16;
+  constexpr int64_t stretch = 32;
   const int64_t step = p.fetch || p.groups <= G ? p.units : stretch;
   for (int64_t from = 0; from < p.units; from += step) {
     const int64_t to = std::min(p.units, from + step);

@@ -341,6 +341,29 @@ TEST_P(LinearTest, feeds_forward) {
     }
 }
 
+// A router that is no top-k may name an expert thrice: both weights count. One expert alone serves so many tokens that threads share them
+// out.
+TEST_P(LinearTest, feeds_an_expert_thrice) {
+  const auto device = GetParam().machine.open(2);
+  const int64_t d = 256, width = 256, experts = 2, k = 3, n = 300;
+  Fixture gate(GetParam().type, experts, width, d, 181), up(GetParam().type, experts, width, d, 182),
+      down(GetParam().type, experts, d, width, 183);
+  const FfnWeights w{device->pack(gate.tensor()), device->pack(up.tensor()), device->pack(down.tensor())};
+  auto x = ref::random_floats(n * d, 184);
+  const auto of = [&](std::vector<int32_t> expert, std::vector<float> weight, int64_t each) {
+    std::vector<float> y(size_t(n * d), 0);
+    const Routing routing{view(expert.data(), DType::i32, {n, each}), view(weight.data(), DType::f32, {n, each})};
+    device->ffn(view(x.data(), DType::f32, {n, d}), w, &routing, view(y.data(), DType::f32, {n, d}));
+    return y;
+  };
+  std::vector<float> parts;
+  for (int64_t i = 0; i < n; ++i) parts.insert(parts.end(), {0.25f, 0.25f, 0.5f});
+  const auto thrice = of(std::vector<int32_t>(size_t(n * k), 1), parts, k),
+             once = of(std::vector<int32_t>(size_t(n), 1), std::vector<float>(size_t(n), 1), 1);
+  const ref::Row expected(once.begin(), once.end());
+  EXPECT_LT(ref::relative_error(thrice.data(), expected), 1e-6);
+}
+
 // Files mix types. Where one product leaves its results for the next, both agree on how they lie.
 TEST_P(LinearTest, feeds_forward_in_types_of_its_own) {
   const auto device = GetParam().machine.open(2);
