@@ -1,4 +1,4 @@
-// Each loop is an epoch: the caller publishes it, everybody takes indices from one counter, and the last one to finish wakes the caller.
+// Each loop is an epoch: the caller publishes it, everybody takes indices from one counter, and the caller waits until all have ended.
 #include "core/threads.h"
 
 #include "core/check.h"
@@ -18,9 +18,9 @@
 namespace mla {
 namespace {
 
-// How long a thread waits awake for the next loop, or for the others to end theirs: on a virtual machine one that sleeps takes part of a
-// millisecond to come back. Longer than the serial code between two loops of a decode step it lets others have its processor.
-constexpr std::chrono::microseconds alone{50}, awake{3000};
+// A thread that waits lets others have its processor after the one, which is longer than the serial code between two loops of a decode
+// step. A worker sleeps after the other; on a virtual machine it takes part of a millisecond to come back.
+constexpr std::chrono::microseconds yield_after{50}, sleep_after{3000};
 
 void relax() {
 #if defined(__x86_64__)
@@ -28,18 +28,19 @@ void relax() {
 #endif
 }
 
-// Returns when done(), or after a while.
+// Waits until done(), at most for so long, and returns whether it is.
 template <class Done>
-void wait_awake(Done done) {
+bool wait_awake(Done done, std::chrono::steady_clock::duration most) {
   using Clock = std::chrono::steady_clock;
   const auto begin = Clock::now();
-  for (auto now = begin; now < begin + awake; now = Clock::now()) {
+  for (auto now = begin; now - begin < most; now = Clock::now()) {
     for (int i = 0; i < 64; ++i) {
-      if (done()) return;
+      if (done()) return true;
       relax();
     }
-    if (now > begin + alone) std::this_thread::yield();
+    if (now - begin > yield_after) std::this_thread::yield();
   }
+  return done();
 }
 
 }  // namespace
@@ -84,8 +85,7 @@ struct Threads::State {
   void loop(int thread) {
     uint64_t seen = 0;
     for (;;) {
-      wait_awake([&] { return epoch.load(std::memory_order_acquire) != seen; });
-      if (epoch.load(std::memory_order_acquire) == seen) {
+      if (!wait_awake([&] { return epoch.load(std::memory_order_acquire) != seen; }, sleep_after)) {
         std::unique_lock lock(mutex);
         sleeping.fetch_add(1);
         wake.wait(lock, [&] { return epoch.load() != seen; });
@@ -137,9 +137,7 @@ void Threads::run(int64_t n, Call call, void* context) {
     s.wake.notify_all();
   }
   s.work(0);
-  const auto done = [&] { return s.busy.load(std::memory_order_acquire) == 0; };
-  do wait_awake(done);
-  while (!done());
+  wait_awake([&] { return s.busy.load(std::memory_order_acquire) == 0; }, std::chrono::steady_clock::duration::max());
   if (s.error) std::rethrow_exception(std::exchange(s.error, nullptr));
 }
 

@@ -1,6 +1,6 @@
 // Gated feed-forward networks and stacks of them: each chosen expert's weights are read once for all its tokens, in two loops over
-// the threads, one for gate and up of all experts and one for down, and a third that adds where experts have many tokens. A token adds its
-// experts in ascending order, so that its result does not depend on the batch.
+// the threads, one for gate and up of all experts and one for down; where experts have many tokens, a third adds. A token adds its experts
+// in ascending order, so that its result does not depend on the batch.
 #include "core/check.h"
 #include "cpu/cpu.h"
 #include "cpu/tiles.h"
@@ -27,7 +27,7 @@ struct Plan {
   int64_t pieces;  // of at most tokens_per_piece tokens, of all experts
   // Of routed tokens:
   int64_t each = 1;              // places of a token
-  int32_t* place = nullptr;      // [tokens, each]
+  int32_t* place = nullptr;      // [tokens, each], ascending, as their experts are
   int32_t* expert_of = nullptr;  // [places], among `experts`
 
   int64_t average() const { return (places + active - 1) / active; }  // tokens of an expert
@@ -76,6 +76,7 @@ Plan plan_routed(Arena& arena, const Routing& routing, int64_t n, int64_t expert
     plan.token[place] = int32_t(p / k), plan.place[p] = int32_t(place);
     plan.weight[place] = routing.weight.f32()[p / k * routing.weight.stride[0] + p % k];
   }
+  for (int64_t p = 0; p < places; p += k) std::sort(plan.place + p, plan.place + p + k);
   return plan;
 }
 
@@ -131,20 +132,19 @@ Inputs write_inputs(CpuDevice& device, const PackedShape& shape, const Plan& pla
 // weights stay in the cache.
 struct Piece {
   const Plan::Expert& expert;
-  int64_t row, groups;  // the first of row pieces, in groups
-  int64_t from, to;     // tokens of the expert
+  int64_t first, groups;  // of sixteen rows
+  int64_t from, to;       // tokens of the expert
 };
 Piece piece_of(const Plan& plan, int64_t item, int64_t groups, int64_t piece) {
-  const int64_t down = (groups + piece - 1) / piece;
-  const Plan::Expert& expert = *std::prev(std::upper_bound(plan.experts, plan.experts + plan.active, item,
-                                                           [&](int64_t i, const Plan::Expert& e) { return i < e.pieces_before * down; }));
-  const int64_t across = token_pieces(expert.count), own = item - expert.pieces_before * down;
+  const int64_t row_pieces = (groups + piece - 1) / piece;
+  const Plan::Expert& expert = *std::prev(std::upper_bound(
+      plan.experts, plan.experts + plan.active, item, [&](int64_t i, const Plan::Expert& e) { return i < e.pieces_before * row_pieces; }));
+  const int64_t across = token_pieces(expert.count), own = item - expert.pieces_before * row_pieces;
   const int64_t first = own / across * piece, from = own % across * tokens_per_piece;
   return {expert, first, std::min(piece, groups - first), from, std::min(expert.count, from + tokens_per_piece)};
 }
 
-// Groups of rows in such a piece.
-int64_t rows_of_piece(CpuDevice& device, const PackedShape& shape, const Plan& plan, int64_t group_bytes) {
+int64_t groups_of_piece(CpuDevice& device, const PackedShape& shape, const Plan& plan, int64_t group_bytes) {
   const int64_t matrices = shape.acts.any_tokens ? plan.pieces : plan.active;
   return groups_per_piece(shape.acts, shape.groups * matrices, group_bytes, plan.average(), device.threads().count());
 }
@@ -154,7 +154,7 @@ void gate_and_up(CpuDevice& device, const FfnWeights& w, const PackedShape& gate
                  const Plan& plan, const Inputs& x, const Inputs* x_up, std::byte* hidden) {
   const Kernels& kernels = device.kernels();
   // An even number of groups, so that a piece fills whole blocks of down's activations.
-  const int64_t piece = (rows_of_piece(device, gate, plan, gate.group_bytes + up.group_bytes) + 1) / 2 * 2;
+  const int64_t piece = (groups_of_piece(device, gate, plan, gate.group_bytes + up.group_bytes) + 1) / 2 * 2;
   share_out(device.threads(), plan.pieces * ((gate.groups + piece - 1) / piece), [&](int64_t item, int) {
     const auto [expert, first, groups, from, to] = piece_of(plan, item, gate.groups, piece);
     const int64_t rows = std::min(groups * lanes, w.gate.rows - first * lanes), block = first * lanes / act_block;
@@ -205,36 +205,42 @@ void down_of_few(CpuDevice& device, const FfnWeights& w, const PackedShape& down
 }
 
 // The same where they have many: an expert's tokens stay in the second-level cache while its rows pass. If tokens have several places,
-// their results wait for each other.
+// their results wait for each other, for a band of rows at a time, which bounds the memory.
 void down_of_many(CpuDevice& device, const FfnWeights& w, const PackedShape& down, const Plan& plan, const std::byte* hidden,
                   const Tensor& out) {
-  const int64_t d = w.down.rows, piece = rows_of_piece(device, down, plan, down.group_bytes);
+  constexpr int64_t most_waiting = int64_t(64) << 20;
   const bool several = plan.each > 1;
-  auto* results = several ? static_cast<float*>(device.scratch().bytes(size_t(plan.places * d) * sizeof(float))) : nullptr;  // [places, d]
-  share_out(device.threads(), plan.pieces * ((down.groups + piece - 1) / piece), [&](int64_t item, int) {
-    const auto [expert, first, groups, from, to] = piece_of(plan, item, down.groups, piece);
-    const int64_t rows = std::min(groups * lanes, d - first * lanes), stride = results_stride(groups);
-    const std::byte* weights = w.down.data + expert.expert * w.down.matrix_bytes + first * down.group_bytes;
-    alignas(64) Results y;
-    for_tiles(down.acts, expert.count, from, to, [&](int64_t at, int tokens) {
-      const int64_t place = expert.first + at;
-      multiply_tile(down, {weights, down.group_bytes, groups, hidden + place * down.token_bytes(), tokens, down.units, at == 0,
-                           weights + groups * down.group_bytes, y, stride});
-      for (int t = 0; t < tokens; ++t)
-        if (several)
-          std::memcpy(results + (place + t) * d + first * lanes, y + t * stride, size_t(rows) * sizeof(float));
-        else
-          device.kernels().add(y + t * stride, plan.weight[place + t], rows,
-                               out.f32() + plan.token[place + t] * out.stride[0] + first * lanes);
+  const int64_t piece = groups_of_piece(device, down, plan, down.group_bytes), group_results = plan.places * lanes * int64_t(sizeof(float));
+  const int64_t band = several ? std::max<int64_t>(1, most_waiting / (piece * group_results)) * piece : down.groups;
+  const int64_t width = std::min(band, down.groups) * lanes;
+  auto* waiting = several ? static_cast<float*>(device.scratch().bytes(size_t(plan.places * width) * sizeof(float))) : nullptr;
+  for (int64_t begin = 0; begin < down.groups; begin += band) {
+    const int64_t end = std::min(begin + band, down.groups);
+    share_out(device.threads(), plan.pieces * ((end - begin + piece - 1) / piece), [&](int64_t item, int) {
+      const auto [expert, own, groups, from, to] = piece_of(plan, item, end - begin, piece);
+      const int64_t first = begin + own, rows = std::min(groups * lanes, w.down.rows - first * lanes), stride = results_stride(groups);
+      const std::byte* weights = w.down.data + expert.expert * w.down.matrix_bytes + first * down.group_bytes;
+      alignas(64) Results y;
+      for_tiles(down.acts, expert.count, from, to, [&](int64_t at, int tokens) {
+        const int64_t place = expert.first + at;
+        multiply_tile(down, {weights, down.group_bytes, groups, hidden + place * down.token_bytes(), tokens, down.units, at == 0,
+                             weights + groups * down.group_bytes, y, stride});
+        for (int t = 0; t < tokens; ++t)
+          if (several)
+            std::memcpy(waiting + (place + t) * width + own * lanes, y + t * stride, size_t(rows) * sizeof(float));
+          else
+            device.kernels().add(y + t * stride, plan.weight[place + t], rows,
+                                 out.f32() + plan.token[place + t] * out.stride[0] + first * lanes);
+      });
     });
-  });
-  if (!several) return;
-  device.threads().parallel(out.shape[0], [&](int64_t token, int) {
-    int32_t* const own = plan.place + token * plan.each;
-    std::sort(own, own + plan.each);  // by expert
-    for (int64_t j = 0; j < plan.each; ++j)
-      device.kernels().add(results + own[j] * d, plan.weight[own[j]], d, out.f32() + token * out.stride[0]);
-  });
+    if (!several) return;
+    const int64_t rows = std::min(end * lanes, w.down.rows) - begin * lanes;
+    device.threads().parallel(out.shape[0], [&](int64_t token, int) {
+      for (int64_t j = token * plan.each; j < (token + 1) * plan.each; ++j)
+        device.kernels().add(waiting + plan.place[j] * width, plan.weight[plan.place[j]], rows,
+                             out.f32() + token * out.stride[0] + begin * lanes);
+    });
+  }
 }
 
 }  // namespace
@@ -265,7 +271,8 @@ void CpuDevice::ffn(Tensor x, const FfnWeights& w, const Routing* routing, Tenso
   const Inputs others = same ? inputs : write_inputs(*this, up, plan, x);
   auto* hidden = static_cast<std::byte*>(scratch_.bytes(size_t(plan.places * down.token_bytes())));
   gate_and_up(*this, w, gate, up, down, plan, inputs, same ? nullptr : &others, hidden);
-  (plan.average() > 16 ? down_of_many : down_of_few)(*this, w, down, plan, hidden, out);
+  constexpr int64_t few = 16;  // a tile of them at most
+  (plan.average() > few ? down_of_many : down_of_few)(*this, w, down, plan, hidden, out);
 }
 
 }  // namespace mla

@@ -74,12 +74,12 @@ inline void write_records(const Kernels& kernels, const PackedShape& shape, cons
   }
 }
 
-constexpr int most_groups = 16;            // of one piece of work: its results for a tile of 8 tokens stay in the first-level cache
-constexpr int most_tokens = 32;            // of a tile
-constexpr int64_t tokens_per_piece = 128;  // a multiple of every tile
-// Of a piece's results from one token to the next: a line more than they take, lest those of several tokens meet in the same sets of the
-// cache.
-constexpr int64_t results_stride(int64_t groups) { return (groups + 1) * lanes; }
+constexpr int most_groups = 16;  // of one piece of work: its results for a tile of 8 tokens stay in the first-level cache
+constexpr int most_tokens = 32;  // of a tile
+constexpr int64_t tokens_per_piece = 128;
+static_assert(tokens_per_piece % most_tokens == 0);
+// Of a piece's results from one token to the next: an odd number of lines, lest those of several tokens meet in the same sets of the cache.
+constexpr int64_t results_stride(int64_t groups) { return (groups | 1) * lanes; }
 using Results = float[most_tokens * results_stride(most_groups)];
 inline int64_t token_pieces(int64_t tokens) { return (tokens + tokens_per_piece - 1) / tokens_per_piece; }
 

@@ -53,7 +53,7 @@ TEST(Threads, many_short_loops_see_each_others_writes) {
 TEST(Threads, loops_after_a_pause_wake_the_sleepers) {
   Threads threads(4);
   for (int round = 0; round < 20; ++round) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));  // longer than they stay awake
     std::atomic<int> sum{0};
     threads.parallel(100, [&](int64_t i, int) { sum += int(i); });
     ASSERT_EQ(sum, 4950);
