@@ -4,6 +4,7 @@
 #include "cpu/pack.h"
 #include "machines.h"
 #include "ref.h"
+#include "tiles_by_hand/kernels.h"
 
 #include <gtest/gtest.h>
 
@@ -38,6 +39,7 @@ std::vector<Case> all_cases() {
     for (DType t :
          {DType::f32, DType::f16, DType::bf16, DType::f8, DType::q8_0, DType::q4_0, DType::q4_1, DType::q4_k, DType::q5_k, DType::q6_k})
       cases.push_back({m, t});
+  for (DType t : {DType::bf16, DType::f8}) cases.push_back({{&kernels_tiles_by_hand()}, t});
   return cases;
 }
 

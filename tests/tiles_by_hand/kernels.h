@@ -1,0 +1,9 @@
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace mla {
+
+const Kernels& kernels_tiles_by_hand();
+
+}  // namespace mla
