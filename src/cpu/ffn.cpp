@@ -155,20 +155,23 @@ void gate_and_up(CpuDevice& device, const FfnWeights& w, const PackedShape& gate
   const Kernels& kernels = device.kernels();
   // An even number of groups, so that a piece fills whole blocks of down's activations.
   const int64_t piece = (groups_of_piece(device, gate, plan, gate.group_bytes + up.group_bytes) + 1) / 2 * 2;
-  share_out(device.threads(), plan.pieces * ((gate.groups + piece - 1) / piece), [&](int64_t item, int) {
+  share_out(device.threads(), plan.pieces * ((gate.groups + piece - 1) / piece), [&](int64_t item, int thread) {
     const auto [expert, first, groups, from, to] = piece_of(plan, item, gate.groups, piece);
     const int64_t rows = std::min(groups * lanes, w.gate.rows - first * lanes), block = first * lanes / act_block;
     const int64_t stride = results_stride(groups);
     const int64_t blocks = first + groups == gate.groups ? down.blocks - block : groups * lanes / act_block;
     const std::byte* gate_at = w.gate.data + expert.expert * w.gate.matrix_bytes + first * gate.group_bytes;
     const std::byte* up_at = w.up.data + expert.expert * w.up.matrix_bytes + first * up.group_bytes;
-    alignas(64) Results g, u;
+    const std::byte* const next = gate.acts.any_tokens && to < expert.count ? nullptr : gate_at + groups * gate.group_bytes;
+    Arena& arena = device.scratch(thread);
+    ArenaScope scope(arena);
+    float *const g = take_results(arena, groups), *const u = take_results(arena, groups);
     for_tiles(gate.acts, expert.count, from, to, [&](int64_t at, int tokens) {
       const int64_t place = expert.first + at;
       multiply_tile(gate,
                     {gate_at, gate.group_bytes, groups, x.tile(gate, plan, place, tokens), tokens, gate.units, at == 0, up_at, g, stride});
-      multiply_tile(up, {up_at, up.group_bytes, groups, (x_up ? *x_up : x).tile(up, plan, place, tokens), tokens, up.units, at == 0,
-                         gate_at + groups * gate.group_bytes, u, stride});
+      multiply_tile(up, {up_at, up.group_bytes, groups, (x_up ? *x_up : x).tile(up, plan, place, tokens), tokens, up.units, at == 0, next,
+                         u, stride});
       for (int t = 0; t < tokens; ++t) {
         kernels.silu_mul(g + t * stride, u + t * stride, rows);
         const TokenRecords records = token_records(down, expert.count, at + t);
@@ -184,11 +187,12 @@ void down_of_few(CpuDevice& device, const FfnWeights& w, const PackedShape& down
                  const Tensor& out) {
   const int64_t few = plan.average() <= 4 ? std::min<int64_t>(plan.active, 4) : 1;
   const int64_t piece = groups_per_piece(down.acts, down.groups, down.group_bytes * few, plan.average(), device.threads().count());
-  share_out(device.threads(), (down.groups + piece - 1) / piece, [&](int64_t item, int) {
+  share_out(device.threads(), (down.groups + piece - 1) / piece, [&](int64_t item, int thread) {
     const int64_t first = item * piece, groups = std::min(piece, down.groups - first), stride = results_stride(groups);
     const int64_t rows = std::min(groups * lanes, w.down.rows - first * lanes);
     auto weights_of = [&](int64_t e) { return w.down.data + plan.experts[e].expert * w.down.matrix_bytes + first * down.group_bytes; };
-    alignas(64) Results y;
+    ArenaScope scope(device.scratch(thread));
+    float* const y = take_results(device.scratch(thread), groups);
     for (int64_t e = 0; e < plan.active; ++e) {
       const Plan::Expert& expert = plan.experts[e];
       const std::byte* next = e + 1 < plan.active ? weights_of(e + 1) : weights_of(0) + groups * down.group_bytes;
@@ -216,15 +220,17 @@ void down_of_many(CpuDevice& device, const FfnWeights& w, const PackedShape& dow
   auto* waiting = several ? static_cast<float*>(device.scratch().bytes(size_t(plan.places * width) * sizeof(float))) : nullptr;
   for (int64_t begin = 0; begin < down.groups; begin += band) {
     const int64_t end = std::min(begin + band, down.groups);
-    share_out(device.threads(), plan.pieces * ((end - begin + piece - 1) / piece), [&](int64_t item, int) {
+    share_out(device.threads(), plan.pieces * ((end - begin + piece - 1) / piece), [&](int64_t item, int thread) {
       const auto [expert, own, groups, from, to] = piece_of(plan, item, end - begin, piece);
       const int64_t first = begin + own, rows = std::min(groups * lanes, w.down.rows - first * lanes), stride = results_stride(groups);
       const std::byte* weights = w.down.data + expert.expert * w.down.matrix_bytes + first * down.group_bytes;
-      alignas(64) Results y;
+      const std::byte* const next = down.acts.any_tokens && to < expert.count ? nullptr : weights + groups * down.group_bytes;
+      ArenaScope scope(device.scratch(thread));
+      float* const y = take_results(device.scratch(thread), groups);
       for_tiles(down.acts, expert.count, from, to, [&](int64_t at, int tokens) {
         const int64_t place = expert.first + at;
-        multiply_tile(down, {weights, down.group_bytes, groups, hidden + place * down.token_bytes(), tokens, down.units, at == 0,
-                             weights + groups * down.group_bytes, y, stride});
+        multiply_tile(
+            down, {weights, down.group_bytes, groups, hidden + place * down.token_bytes(), tokens, down.units, at == 0, next, y, stride});
         for (int t = 0; t < tokens; ++t)
           if (several)
             std::memcpy(waiting + (place + t) * width + own * lanes, y + t * stride, size_t(rows) * sizeof(float));

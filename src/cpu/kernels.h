@@ -47,7 +47,7 @@ struct ActFormat {
   bool halves;              // i8: the weight has a scale for every 16 columns
   int block_bytes;          // of one token's record
   int tile;                 // the most tokens that one pass over the weights serves
-  bool any_tokens = false;  // whether fewer may be any number; else they are powers of two
+  bool any_tokens = false;  // whether a product takes any number, in tiles one after the other; else one tile of a power of two
   bool operator==(const ActFormat&) const = default;
 };
 
@@ -57,7 +57,7 @@ struct Product {
   int64_t group_bytes;
   int64_t groups;
   const std::byte* acts;
-  int tokens;             // a number that the format has tiles of
+  int tokens;             // a number that the format takes
   int64_t units;          // packed units along the columns
   bool fetch;             // bring weights closer: they come from memory
   const std::byte* next;  // what the caller reads afterwards, fetched towards the end; may be null

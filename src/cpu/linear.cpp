@@ -48,16 +48,20 @@ const std::byte* write_acts(CpuDevice& device, const Activations& in, const Job&
   return acts;
 }
 
-void multiply_piece(CpuDevice& device, const Activations& in, const Job& job, int64_t item) {
+void multiply_piece(CpuDevice& device, const Activations& in, const Job& job, int64_t item, int thread) {
   const PackedShape& shape = job.shape;
   const int64_t across = token_pieces(in.n);
   const int64_t h = item / (job.row_pieces * across), first = item / across % job.row_pieces * job.piece;
   const int64_t groups = std::min(job.piece, shape.groups - first), from = item % across * tokens_per_piece;
   const int64_t rows = std::min(groups * lanes, job.w->rows - first * lanes), stride = results_stride(groups);
-  alignas(64) Results out;
-  for_tiles(shape.acts, in.n, from, std::min(in.n, from + tokens_per_piece), [&](int64_t at, int tokens) {
-    multiply_tile(shape, {job.w->data + h * job.w->matrix_bytes + first * shape.group_bytes, shape.group_bytes, groups,
-                          job.acts + (h * in.n + at) * shape.token_bytes(), tokens, shape.units, at == from, nullptr, out, stride});
+  const std::byte* const weights = job.w->data + h * job.w->matrix_bytes + first * shape.group_bytes;
+  const bool goes_on = shape.acts.any_tokens && first + groups < shape.groups && from + tokens_per_piece >= in.n;
+  const std::byte* const next = goes_on ? weights + groups * shape.group_bytes : nullptr;
+  ArenaScope scope(device.scratch(thread));
+  float* const out = take_results(device.scratch(thread), groups);
+  for_tiles(shape.acts, in.n, from, std::min<int64_t>(in.n, from + tokens_per_piece), [&](int64_t at, int tokens) {
+    multiply_tile(shape, {weights, shape.group_bytes, groups, job.acts + (h * in.n + at) * shape.token_bytes(), tokens, shape.units,
+                          at == from, next, out, stride});
     for (int t = 0; t < tokens; ++t)
       device.kernels().finish(out + t * stride, job.bias ? job.bias + first * lanes : nullptr, job.add, rows,
                               job.y + (at + t) * job.y_token + h * job.y_head + first * lanes);
@@ -82,10 +86,10 @@ void multiply(CpuDevice& device, const Activations& in, std::span<Job> jobs) {
     job.items = in.heads * job.row_pieces * across;
     items += job.items;
   }
-  share_out(device.threads(), items, [&](int64_t item, int) {
+  share_out(device.threads(), items, [&](int64_t item, int thread) {
     const Job* job = jobs.data();
     for (; item >= job->items; ++job) item -= job->items;
-    multiply_piece(device, in, *job, item);
+    multiply_piece(device, in, *job, item, thread);
   });
 }
 

@@ -7,6 +7,7 @@
 #include "cpu/linear_kernels.h"
 
 #include <algorithm>
+#include <bit>
 
 namespace mla {
 namespace {
@@ -28,22 +29,14 @@ inline void for_constants(F f) {
   (std::make_integer_sequence<int, n>{});
 }
 
-// Adds the columns of units [from, to) to the sums of A tiles of tokens over groups [first, first + G).
+// The products of A tiles of tokens with groups [first, first + G).
 template <int A, int G>
-inline void multiply_tiles(const Product& p, int64_t first, int64_t from, int64_t to) {
+inline void multiply_tiles(const Product& p, int64_t first) {
   constexpr int64_t unit = 1024, record = 64;
   const int64_t stride = p.stride * int64_t(sizeof(float));
   const std::byte* const row = p.weights + first * p.group_bytes;
-  const auto sums_at = [&](int a, int g) { return p.out + a * tile_rows * p.stride + (first + g) * lanes; };
-  for_constants<A>([&](auto a) {
-    for_constants<G>([&](auto g) {
-      if (from == 0)
-        zero_tile<sums_tile(a, g)>();
-      else
-        load_tile_at<sums_tile(a, g)>(sums_at(a, g), stride);
-    });
-  });
-  for (int64_t u = from; u < to; ++u) {
+  for_constants<A>([&](auto a) { for_constants<G>([&](auto g) { zero_tile<sums_tile(a, g)>(); }); });
+  for (int64_t u = 0; u < p.units; ++u) {
     const std::byte *w = row + u * unit, *acts = p.acts + u * p.tokens * record;
     const Ahead<G> ahead = ahead_of<G>(p, w, row + p.group_bytes);
     for_constants<G>([&](auto g) {
@@ -55,35 +48,135 @@ inline void multiply_tiles(const Product& p, int64_t first, int64_t from, int64_
       });
     });
   }
-  for_constants<A>([&](auto a) { for_constants<G>([&](auto g) { store_tile_at<sums_tile(a, g)>(sums_at(a, g), stride); }); });
+  for_constants<A>([&](auto a) {
+    for_constants<G>([&](auto g) { store_tile_at<sums_tile(a, g)>(p.out + a * tile_rows * p.stride + (first + g) * lanes, stride); });
+  });
 }
 
-// Activations of a stretch of columns stay close while all groups meet them; 32 units were fastest. Weights that come from memory are read
-// row by row, as they lie.
+// Tokens that fit two tiles meet one row of weights after the other, as they lie, since those may come from memory.
 template <int A, int G>
-inline void multiply_stretches(const Product& p) {
-  constexpr int64_t stretch = 32;
-  const int64_t step = p.fetch || p.groups <= G ? p.units : stretch;
-  for (int64_t from = 0; from < p.units; from += step) {
-    const int64_t to = std::min(p.units, from + step);
-    int64_t g = 0;
-    for (; g + G <= p.groups; g += G) multiply_tiles<A, G>(p, g, from, to);
-    if constexpr (G == 4)
-      if (g + 2 <= p.groups) multiply_tiles<A, 2>(p, g, from, to), g += 2;
-    if (g < p.groups) multiply_tiles<A, 1>(p, g, from, to);
+inline void multiply_few(const Product& p) {
+  int64_t g = 0;
+  for (; g + G <= p.groups; g += G) multiply_tiles<A, G>(p, g);
+  if constexpr (G == 4)
+    if (g + 2 <= p.groups) multiply_tiles<A, 2>(p, g), g += 2;
+  if (g < p.groups) multiply_tiles<A, 1>(p, g);
+}
+
+// What will be met in a while, brought into the second-level cache a few lines at a time.
+struct LinesAhead {
+  const std::byte* at;  // null for none
+  int64_t lines;
+
+  [[gnu::always_inline]] void fetch() {
+    if (!at) return;
+    for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
+    at += 64 * lines;
+  }
+};
+
+// Of 32 columns: two tiles of tokens, one after the other, and a tile of each of two groups.
+struct UnitTiles {
+  const std::byte *acts, *weights, *others;
+};
+constexpr int64_t tile_bytes = 1024, acts_step = 2 * tile_bytes;
+
+// A register is loaded again as soon as its last product has been issued and is needed a product or two later, since odd units go through
+// the four products another way round. The first unit's tiles are expected in their registers, those of `after` are left there.
+inline void multiply_units(UnitTiles now, const UnitTiles& after, int64_t units, LinesAhead weights, LinesAhead acts) {
+  constexpr int acts_0 = 4, acts_1 = 5, weights_0 = 6, weights_1 = 7;
+  for (int64_t u = 0; u < units; ++u) {
+    const UnitTiles next = u + 1 == units ? after : UnitTiles{now.acts + acts_step, now.weights + tile_bytes, now.others + tile_bytes};
+    if (u % 2 == 0) {
+      dot_tiles_bf16<0, acts_0, weights_0>();
+      dot_tiles_bf16<2, acts_1, weights_0>();
+      load_tile_at<weights_0>(next.weights, 64);
+      dot_tiles_bf16<3, acts_1, weights_1>();
+      load_tile_at<acts_1>(next.acts + tile_bytes, 64);
+      dot_tiles_bf16<1, acts_0, weights_1>();
+      load_tile_at<acts_0>(next.acts, 64);
+    } else {
+      dot_tiles_bf16<2, acts_1, weights_0>();
+      dot_tiles_bf16<0, acts_0, weights_0>();
+      load_tile_at<weights_0>(next.weights, 64);
+      dot_tiles_bf16<1, acts_0, weights_1>();
+      load_tile_at<acts_0>(next.acts, 64);
+      dot_tiles_bf16<3, acts_1, weights_1>();
+      load_tile_at<acts_1>(next.acts + tile_bytes, 64);
+    }
+    load_tile_at<weights_1>(next.others, 64);
+    weights.fetch();
+    acts.fetch();
+    now = next;
+  }
+}
+
+// `tiles` × 32 tokens meet a stretch of columns before any meets the next: its weights stay in the second-level cache and those of the next
+// come there meanwhile, however many columns there are.
+void multiply_many(const Product& p, int64_t tiles) {
+  constexpr int64_t stretch = 16, tokens = 2 * tile_rows;
+  const WholeTiles registers;
+  const int64_t pairs = (p.groups + 1) / 2, stride = p.stride * int64_t(sizeof(float));
+  const int64_t weight_lines = 32 / int64_t(std::bit_floor(uint64_t(tiles))), act_lines = (32 + pairs - 1) / pairs;  // a unit
+  const auto at = [&](int64_t from, int64_t tile, int64_t pair) {
+    const std::byte* const w = p.weights + 2 * pair * p.group_bytes + from * tile_bytes;
+    return UnitTiles{p.acts + (tile * p.units + from) * acts_step, w, 2 * pair + 1 < p.groups ? w + p.group_bytes : w};
+  };
+  const UnitTiles first = at(0, 0, 0);
+  load_tile_at<4>(first.acts, 64);
+  load_tile_at<5>(first.acts + tile_bytes, 64);
+  load_tile_at<6>(first.weights, 64);
+  load_tile_at<7>(first.others, 64);
+  for (int64_t from = 0; from < p.units; from += stretch) {
+    const int64_t units = std::min(stretch, p.units - from);
+    const bool last = from + units == p.units;
+    const std::byte* const next_weights = last ? p.next : p.weights + (from + units) * tile_bytes;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const bool end = last && tile + 1 == tiles;
+      const UnitTiles next_tile = tile + 1 < tiles ? at(from, tile + 1, 0) : last ? first : at(from + units, 0, 0);
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        LinesAhead weights{}, acts{};
+        const int64_t line = (tile * pairs + pair) * units * weight_lines, group = line / (units * 16);
+        if (next_weights && group < p.groups) weights = {next_weights + group * p.group_bytes + line % (units * 16) * 64, weight_lines};
+        if (!end) acts = {next_tile.acts + pair * units * act_lines * 64, act_lines};
+        float* const out = p.out + tile * tokens * p.stride + 2 * pair * lanes;
+        float* const below = out + tile_rows * p.stride;
+        const bool two = 2 * pair + 1 < p.groups;
+        if (from == 0) {
+          for_constants<4>([](auto sums) { zero_tile<sums>(); });
+        } else {
+          load_tile_at<0>(out, stride);
+          load_tile_at<2>(below, stride);
+          if (two) load_tile_at<1>(out + lanes, stride), load_tile_at<3>(below + lanes, stride);
+        }
+        multiply_units(at(from, tile, pair), pair + 1 < pairs ? at(from, tile, pair + 1) : next_tile, units, weights, acts);
+        store_tile_at<0>(out, stride);
+        store_tile_at<2>(below, stride);
+        if (two) store_tile_at<1>(out + lanes, stride), store_tile_at<3>(below + lanes, stride);
+      }
+    }
   }
 }
 
 void product_bf16_tiles(const Product& p) {
-  constexpr uint8_t whole = tile_rows;
-  if (p.tokens <= tile_rows) {
-    const auto n = uint8_t(p.tokens);
-    const Tiles tiles({n, n, n, n, n, whole, whole, whole});
-    multiply_stretches<1, 4>(p);
-  } else {
-    const auto rest = uint8_t(p.tokens - tile_rows);
-    const Tiles tiles({whole, whole, rest, rest, whole, rest, whole, whole});
-    multiply_stretches<2, 2>(p);
+  constexpr int pair = 2 * tile_rows;
+  const int whole = p.tokens >= 2 * pair ? p.tokens / pair : 0;
+  if (whole) multiply_many(p, whole);
+  for (int t = whole * pair; t < p.tokens; t += pair) {
+    Product few = p;
+    few.acts += t * p.units * 64;
+    few.out += t * p.stride;
+    few.tokens = std::min(pair, p.tokens - t);
+    few.fetch = p.fetch && t == 0;
+    if (few.tokens <= tile_rows) {
+      const auto n = uint8_t(few.tokens);
+      const Tiles tiles({n, n, n, n, n, tile_rows, tile_rows, tile_rows});
+      multiply_few<1, 4>(few);
+    } else {
+      const auto n = uint8_t(few.tokens - tile_rows);
+      const Tiles tiles({tile_rows, tile_rows, n, n, tile_rows, n, tile_rows, tile_rows});
+      multiply_few<2, 2>(few);
+    }
   }
 }
 

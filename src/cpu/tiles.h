@@ -37,11 +37,14 @@ inline int tile_tokens(const ActFormat& format, int64_t n, int64_t at) {
   return tokens;
 }
 
-// Calls f(first token, tokens) for each tile of [from, to) of n tokens; from and to are multiples of the largest tile, or n.
+constexpr int tokens_per_piece = 128;
+
+// Calls f(first token, tokens) for each product of [from, to) of n tokens, of a tile or of those of a piece; from and to are multiples of
+// the largest tile, or n.
 template <class F>
 void for_tiles(const ActFormat& format, int64_t n, int64_t from, int64_t to, F f) {
   for (int64_t at = from; at < to;) {
-    const int tokens = tile_tokens(format, n, at);
+    const int tokens = format.any_tokens ? int(std::min<int64_t>(tokens_per_piece, to - at)) : tile_tokens(format, n, at);
     f(at, tokens);
     at += tokens;
   }
@@ -75,19 +78,18 @@ inline void write_records(const Kernels& kernels, const PackedShape& shape, cons
 }
 
 constexpr int most_groups = 16;  // of one piece of work: its results for a tile of 8 tokens stay in the first-level cache
-constexpr int most_tokens = 32;  // of a tile
-constexpr int64_t tokens_per_piece = 128;
-static_assert(tokens_per_piece % most_tokens == 0);
 // Of a piece's results from one token to the next: an odd number of lines, lest those of several tokens meet in the same sets of the cache.
 constexpr int64_t results_stride(int64_t groups) { return (groups | 1) * lanes; }
-using Results = float[most_tokens * results_stride(most_groups)];
+inline float* take_results(Arena& arena, int64_t groups) {
+  return static_cast<float*>(arena.bytes(size_t(tokens_per_piece * results_stride(groups)) * sizeof(float)));
+}
 inline int64_t token_pieces(int64_t tokens) { return (tokens + tokens_per_piece - 1) / tokens_per_piece; }
 
 // The product of a tile, in as many passes as its activations have.
 inline void multiply_tile(const PackedShape& shape, const Product& p) {
   shape.product(p);
   if (shape.passes == 1) return;
-  alignas(64) Results second;
+  alignas(64) float second[8 * results_stride(most_groups)];  // the widest tile of such types
   Product rest = p;
   rest.acts += p.tokens * shape.blocks * shape.acts.block_bytes;
   rest.fetch = false;
@@ -100,11 +102,12 @@ inline void multiply_tile(const PackedShape& shape, const Product& p) {
 // Groups in a piece of work. Few tokens: enough bytes for a stream, few enough to end together. Many: what stays in the
 // second-level cache while tiles of tokens pass over it. Either way several pieces for each thread.
 inline int64_t groups_per_piece(const ActFormat& format, int64_t groups, int64_t group_bytes, int64_t tokens, int threads) {
-  // Wide tiles are of units that multiply so fast that it shows how often activations are read; they take groups in pairs.
+  // Units that multiply many tokens at once are so fast that it shows how often activations are read; they take groups in pairs, and a
+  // stretch of many columns at a time.
   const bool wide = format.any_tokens && tokens > 16;
-  const int64_t bytes = int64_t(wide ? 512 : tokens > 4 ? 192 : 48) << 10;
+  const int64_t bytes = int64_t(wide ? 512 : tokens > 4 ? 192 : 48) << 10, most = wide ? 64 << 10 : group_bytes;
   const int64_t share = std::max<int64_t>(1, groups / (4 * threads));
-  const int64_t piece = std::clamp<int64_t>(bytes / std::max<int64_t>(1, group_bytes), 1, std::min<int64_t>(share, most_groups));
+  const int64_t piece = std::clamp<int64_t>(bytes / std::clamp<int64_t>(group_bytes, 1, most), 1, std::min<int64_t>(share, most_groups));
   return wide ? (piece + 1) / 2 * 2 : piece;
 }
 

@@ -256,6 +256,29 @@ TEST_P(LinearTest, sixteen_bit_activations_lose_nothing) {
   }
 }
 
+// So many columns that they are cut into stretches, the last of them short; pieces with an odd number of groups; tiles that are not full.
+TEST_P(LinearTest, many_tokens_meet_many_columns) {
+  const auto device = GetParam().machine.open(2), serial = GetParam().machine.open(1);
+  const int64_t rows = 330, cols = info(GetParam().type).block == 256 ? 1280 : 1184;
+  Fixture f(GetParam().type, 1, rows, cols, 91);
+  const Weight w = device->pack(f.tensor()), w1 = serial->pack(f.tensor());
+  for (const int64_t n : {64, 100, 145, 250}) {
+    auto x = ref::random_floats(n * cols, 92);
+    std::vector<float> y(size_t(n * rows), nan), alone(size_t(rows), nan);
+    const Tensor in = view(x.data(), DType::f32, {n, cols});
+    device->linear(in, w, {}, view(y.data(), DType::f32, {n, rows}));
+    for (int64_t i = 0; i < n; i += i + 1 == n ? 1 : std::min<int64_t>(15, n - 1 - i)) {
+      const float* const got = y.data() + i * rows;
+      EXPECT_LT(ref::relative_error(got, ref::product(f.matrix(0), ref::to_double(x.data() + i * cols, 1, cols, cols)[0])),
+                GetParam().tolerance())
+          << i << " of " << n;
+      if (!GetParam().machine.kernels) continue;
+      serial->linear(slice(in, 0, i, 1), w1, {}, view(alone.data(), DType::f32, {1, rows}));
+      ASSERT_EQ(0, std::memcmp(got, alone.data(), size_t(rows) * 4)) << i << " of " << n;
+    }
+  }
+}
+
 TEST_P(LinearTest, heads_have_their_own_matrices) {
   const auto device = GetParam().machine.open(2);
   const int64_t heads = 3, rows = 40, cols = widths(GetParam().type).back();

@@ -26,6 +26,10 @@ struct Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
+struct WholeTiles : Tiles {
+  WholeTiles() : Tiles({16, 16, 16, 16, 16, 16, 16, 16}) {}
+};
+
 template <int tile>
 inline void load_tile_at(const void* p, int64_t step) {
   TileRegister& t = tile_registers[tile];
