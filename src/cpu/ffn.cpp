@@ -156,17 +156,19 @@ void gate_and_up(CpuDevice& device, const FfnWeights& w, const PackedShape& gate
   // An even number of groups, so that a piece fills whole blocks of down's activations.
   const int64_t piece = (groups_of_piece(device, gate, plan, gate.group_bytes + up.group_bytes) + 1) / 2 * 2;
   share_out(device.threads(), plan.pieces * ((gate.groups + piece - 1) / piece), [&](int64_t item, int thread) {
-    const auto [expert, first, groups, from, to] = piece_of(plan, item, gate.groups, piece);
+    const Piece part = piece_of(plan, item, gate.groups, piece);
+    const Plan::Expert& expert = part.expert;
+    const int64_t first = part.first, groups = part.groups;
     const int64_t rows = std::min(groups * lanes, w.gate.rows - first * lanes), block = first * lanes / act_block;
     const int64_t stride = results_stride(groups);
     const int64_t blocks = first + groups == gate.groups ? down.blocks - block : groups * lanes / act_block;
     const std::byte* gate_at = w.gate.data + expert.expert * w.gate.matrix_bytes + first * gate.group_bytes;
     const std::byte* up_at = w.up.data + expert.expert * w.up.matrix_bytes + first * up.group_bytes;
-    const std::byte* const next = gate.acts.any_tokens && to < expert.count ? nullptr : gate_at + groups * gate.group_bytes;
+    const std::byte* const next = gate.acts.any_tokens && part.to < expert.count ? nullptr : gate_at + groups * gate.group_bytes;
     Arena& arena = device.scratch(thread);
     ArenaScope scope(arena);
     float *const g = take_results(arena, groups), *const u = take_results(arena, groups);
-    for_tiles(gate.acts, expert.count, from, to, [&](int64_t at, int tokens) {
+    for_tiles(gate.acts, expert.count, part.from, part.to, [&](int64_t at, int tokens) {
       const int64_t place = expert.first + at;
       multiply_tile(gate,
                     {gate_at, gate.group_bytes, groups, x.tile(gate, plan, place, tokens), tokens, gate.units, at == 0, up_at, g, stride});
@@ -221,19 +223,21 @@ void down_of_many(CpuDevice& device, const FfnWeights& w, const PackedShape& dow
   for (int64_t begin = 0; begin < down.groups; begin += band) {
     const int64_t end = std::min(begin + band, down.groups);
     share_out(device.threads(), plan.pieces * ((end - begin + piece - 1) / piece), [&](int64_t item, int thread) {
-      const auto [expert, own, groups, from, to] = piece_of(plan, item, end - begin, piece);
-      const int64_t first = begin + own, rows = std::min(groups * lanes, w.down.rows - first * lanes), stride = results_stride(groups);
+      const Piece part = piece_of(plan, item, end - begin, piece);
+      const Plan::Expert& expert = part.expert;
+      const int64_t groups = part.groups, first = begin + part.first, rows = std::min(groups * lanes, w.down.rows - first * lanes),
+                    stride = results_stride(groups);
       const std::byte* weights = w.down.data + expert.expert * w.down.matrix_bytes + first * down.group_bytes;
-      const std::byte* const next = down.acts.any_tokens && to < expert.count ? nullptr : weights + groups * down.group_bytes;
+      const std::byte* const next = down.acts.any_tokens && part.to < expert.count ? nullptr : weights + groups * down.group_bytes;
       ArenaScope scope(device.scratch(thread));
       float* const y = take_results(device.scratch(thread), groups);
-      for_tiles(down.acts, expert.count, from, to, [&](int64_t at, int tokens) {
+      for_tiles(down.acts, expert.count, part.from, part.to, [&](int64_t at, int tokens) {
         const int64_t place = expert.first + at;
         multiply_tile(
             down, {weights, down.group_bytes, groups, hidden + place * down.token_bytes(), tokens, down.units, at == 0, next, y, stride});
         for (int t = 0; t < tokens; ++t)
           if (several)
-            std::memcpy(waiting + (place + t) * width + own * lanes, y + t * stride, size_t(rows) * sizeof(float));
+            std::memcpy(waiting + (place + t) * width + part.first * lanes, y + t * stride, size_t(rows) * sizeof(float));
           else
             device.kernels().add(y + t * stride, plan.weight[place + t], rows,
                                  out.f32() + plan.token[place + t] * out.stride[0] + first * lanes);
