@@ -1,3 +1,4 @@
+// The plain kernels with products on a tile unit in plain C++.
 #pragma once
 
 #include "cpu/kernels.h"
