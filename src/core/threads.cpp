@@ -18,8 +18,8 @@
 namespace mla {
 namespace {
 
-// A thread that waits lets others have its processor after the one, which is longer than the serial code between two loops of a decode
-// step. A worker sleeps after the other; on a virtual machine it takes part of a millisecond to come back.
+// A thread that waits longer than the serial code between two loops of a decode step takes lets others have its processor; much later a
+// worker sleeps, since on a virtual machine it takes part of a millisecond to come back.
 constexpr std::chrono::microseconds yield_after{50}, sleep_after{3000};
 
 void relax() {

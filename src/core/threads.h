@@ -1,5 +1,4 @@
-// A pool of threads for parallel loops. Workers stay awake for a while between loops, since a decode step has hundreds of
-// short ones.
+// A pool of threads for parallel loops. Workers stay awake for a while between loops, since a decode step has hundreds of short ones.
 #pragma once
 
 #include <cstdint>

@@ -144,6 +144,11 @@ Piece piece_of(const Plan& plan, int64_t item, int64_t groups, int64_t piece) {
   return {expert, first, std::min(piece, groups - first), from, std::min(expert.count, from + tokens_per_piece)};
 }
 
+// What is read behind these rows of weights. A product of many tokens brings it closer all along: only that of an expert's last ones may.
+const std::byte* behind(const PackedShape& shape, const Piece& part, const std::byte* weights) {
+  return shape.acts.any_tokens && part.to < part.expert.count ? nullptr : weights + part.groups * shape.group_bytes;
+}
+
 int64_t groups_of_piece(CpuDevice& device, const PackedShape& shape, const Plan& plan, int64_t group_bytes) {
   const int64_t matrices = shape.acts.any_tokens ? plan.pieces : plan.active;
   return groups_per_piece(shape.acts, shape.groups * matrices, group_bytes, plan.average(), device.threads().count());
@@ -164,7 +169,7 @@ void gate_and_up(CpuDevice& device, const FfnWeights& w, const PackedShape& gate
     const int64_t blocks = first + groups == gate.groups ? down.blocks - block : groups * lanes / act_block;
     const std::byte* gate_at = w.gate.data + expert.expert * w.gate.matrix_bytes + first * gate.group_bytes;
     const std::byte* up_at = w.up.data + expert.expert * w.up.matrix_bytes + first * up.group_bytes;
-    const std::byte* const next = gate.acts.any_tokens && part.to < expert.count ? nullptr : gate_at + groups * gate.group_bytes;
+    const std::byte* const next = behind(gate, part, gate_at);
     Arena& arena = device.scratch(thread);
     ArenaScope scope(arena);
     float *const g = take_results(arena, groups), *const u = take_results(arena, groups);
@@ -228,7 +233,7 @@ void down_of_many(CpuDevice& device, const FfnWeights& w, const PackedShape& dow
       const int64_t groups = part.groups, first = begin + part.first, rows = std::min(groups * lanes, w.down.rows - first * lanes),
                     stride = results_stride(groups);
       const std::byte* weights = w.down.data + expert.expert * w.down.matrix_bytes + first * down.group_bytes;
-      const std::byte* const next = down.acts.any_tokens && part.to < expert.count ? nullptr : weights + groups * down.group_bytes;
+      const std::byte* const next = behind(down, part, weights);
       ArenaScope scope(device.scratch(thread));
       float* const y = take_results(device.scratch(thread), groups);
       for_tiles(down.acts, expert.count, part.from, part.to, [&](int64_t at, int tokens) {

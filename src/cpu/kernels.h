@@ -51,7 +51,7 @@ struct ActFormat {
   bool operator==(const ActFormat&) const = default;
 };
 
-// The product of consecutive groups of 16 rows with a tile: out[t · stride + 16 g + lane].
+// The product of consecutive groups of 16 rows with a tile, or with some, one after the other: out[t · stride + 16 g + lane].
 struct Product {
   const std::byte* weights;  // the first group
   int64_t group_bytes;

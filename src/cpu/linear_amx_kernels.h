@@ -13,6 +13,8 @@ namespace mla {
 namespace {
 
 constexpr int tile_rows = 16;
+constexpr int64_t tile_record = 64, tile_bytes = tile_rows * tile_record, tile_lines = tile_bytes / 64;
+constexpr int acts_tile = 4;  // the first of two
 
 // Two tiles of tokens meet two groups, so that each load serves two products; up to 16 tokens meet four. Either way four sums are under
 // way, which hides the latency of a product.
@@ -32,19 +34,18 @@ inline void for_constants(F f) {
 // The products of A tiles of tokens with groups [first, first + G).
 template <int A, int G>
 inline void multiply_tiles(const Product& p, int64_t first) {
-  constexpr int64_t unit = 1024, record = 64;
   const int64_t stride = p.stride * int64_t(sizeof(float));
   const std::byte* const row = p.weights + first * p.group_bytes;
   for_constants<A>([&](auto a) { for_constants<G>([&](auto g) { zero_tile<sums_tile(a, g)>(); }); });
   for (int64_t u = 0; u < p.units; ++u) {
-    const std::byte *w = row + u * unit, *acts = p.acts + u * p.tokens * record;
+    const std::byte *w = row + u * tile_bytes, *acts = p.acts + u * p.tokens * tile_record;
     const Ahead<G> ahead = ahead_of<G>(p, w, row + p.group_bytes);
     for_constants<G>([&](auto g) {
-      ahead.fetch(unit / G, g);
-      load_tile_at<weights_tile<A>(g)>(w + g * p.group_bytes, 64);
+      ahead.fetch(tile_bytes / G, g);
+      load_tile_at<weights_tile<A>(g)>(w + g * p.group_bytes, tile_record);
       for_constants<A>([&](auto a) {
-        if constexpr (g == 0) load_tile_at<4 + a>(acts + a * tile_rows * record, record);
-        dot_tiles_bf16<sums_tile(a, g), 4 + a, weights_tile<A>(g)>();
+        if constexpr (g == 0) load_tile_at<acts_tile + a>(acts + a * tile_bytes, tile_record);
+        dot_tiles_bf16<sums_tile(a, g), acts_tile + a, weights_tile<A>(g)>();
       });
     });
   }
@@ -79,32 +80,32 @@ struct LinesAhead {
 struct UnitTiles {
   const std::byte *acts, *weights, *others;
 };
-constexpr int64_t tile_bytes = 1024, acts_step = 2 * tile_bytes;
+constexpr int64_t acts_step = 2 * tile_bytes;
+constexpr int acts_0 = acts_tile, acts_1 = acts_0 + 1, weights_0 = weights_tile<2>(0), weights_1 = weights_tile<2>(1);
 
 // A register is loaded again as soon as its last product has been issued and is needed a product or two later, since odd units go through
 // the four products another way round. The first unit's tiles are expected in their registers, those of `after` are left there.
 inline void multiply_units(UnitTiles now, const UnitTiles& after, int64_t units, LinesAhead weights, LinesAhead acts) {
-  constexpr int acts_0 = 4, acts_1 = 5, weights_0 = 6, weights_1 = 7;
   for (int64_t u = 0; u < units; ++u) {
     const UnitTiles next = u + 1 == units ? after : UnitTiles{now.acts + acts_step, now.weights + tile_bytes, now.others + tile_bytes};
     if (u % 2 == 0) {
       dot_tiles_bf16<0, acts_0, weights_0>();
       dot_tiles_bf16<2, acts_1, weights_0>();
-      load_tile_at<weights_0>(next.weights, 64);
+      load_tile_at<weights_0>(next.weights, tile_record);
       dot_tiles_bf16<3, acts_1, weights_1>();
-      load_tile_at<acts_1>(next.acts + tile_bytes, 64);
+      load_tile_at<acts_1>(next.acts + tile_bytes, tile_record);
       dot_tiles_bf16<1, acts_0, weights_1>();
-      load_tile_at<acts_0>(next.acts, 64);
+      load_tile_at<acts_0>(next.acts, tile_record);
     } else {
       dot_tiles_bf16<2, acts_1, weights_0>();
       dot_tiles_bf16<0, acts_0, weights_0>();
-      load_tile_at<weights_0>(next.weights, 64);
+      load_tile_at<weights_0>(next.weights, tile_record);
       dot_tiles_bf16<1, acts_0, weights_1>();
-      load_tile_at<acts_0>(next.acts, 64);
+      load_tile_at<acts_0>(next.acts, tile_record);
       dot_tiles_bf16<3, acts_1, weights_1>();
-      load_tile_at<acts_1>(next.acts + tile_bytes, 64);
+      load_tile_at<acts_1>(next.acts + tile_bytes, tile_record);
     }
-    load_tile_at<weights_1>(next.others, 64);
+    load_tile_at<weights_1>(next.others, tile_record);
     weights.fetch();
     acts.fetch();
     now = next;
@@ -117,16 +118,17 @@ void multiply_many(const Product& p, int64_t tiles) {
   constexpr int64_t stretch = 16, tokens = 2 * tile_rows;
   const WholeTiles registers;
   const int64_t pairs = (p.groups + 1) / 2, stride = p.stride * int64_t(sizeof(float));
-  const int64_t weight_lines = 32 / int64_t(std::bit_floor(uint64_t(tiles))), act_lines = (32 + pairs - 1) / pairs;  // a unit
+  // A unit of a pair brings so many lines: of weights a power of two, so that a pair's lie in one group.
+  const int64_t weight_lines = 2 * tile_lines / int64_t(std::bit_floor(uint64_t(tiles))), act_lines = (2 * tile_lines + pairs - 1) / pairs;
   const auto at = [&](int64_t from, int64_t tile, int64_t pair) {
     const std::byte* const w = p.weights + 2 * pair * p.group_bytes + from * tile_bytes;
     return UnitTiles{p.acts + (tile * p.units + from) * acts_step, w, 2 * pair + 1 < p.groups ? w + p.group_bytes : w};
   };
   const UnitTiles first = at(0, 0, 0);
-  load_tile_at<4>(first.acts, 64);
-  load_tile_at<5>(first.acts + tile_bytes, 64);
-  load_tile_at<6>(first.weights, 64);
-  load_tile_at<7>(first.others, 64);
+  load_tile_at<acts_0>(first.acts, tile_record);
+  load_tile_at<acts_1>(first.acts + tile_bytes, tile_record);
+  load_tile_at<weights_0>(first.weights, tile_record);
+  load_tile_at<weights_1>(first.others, tile_record);
   for (int64_t from = 0; from < p.units; from += stretch) {
     const int64_t units = std::min(stretch, p.units - from);
     const bool last = from + units == p.units;
@@ -136,8 +138,9 @@ void multiply_many(const Product& p, int64_t tiles) {
       const UnitTiles next_tile = tile + 1 < tiles ? at(from, tile + 1, 0) : last ? first : at(from + units, 0, 0);
       for (int64_t pair = 0; pair < pairs; ++pair) {
         LinesAhead weights{}, acts{};
-        const int64_t line = (tile * pairs + pair) * units * weight_lines, group = line / (units * 16);
-        if (next_weights && group < p.groups) weights = {next_weights + group * p.group_bytes + line % (units * 16) * 64, weight_lines};
+        const int64_t line = (tile * pairs + pair) * units * weight_lines, group = line / (units * tile_lines);
+        if (next_weights && group < p.groups)
+          weights = {next_weights + group * p.group_bytes + line % (units * tile_lines) * 64, weight_lines};
         if (!end) acts = {next_tile.acts + pair * units * act_lines * 64, act_lines};
         float* const out = p.out + tile * tokens * p.stride + 2 * pair * lanes;
         float* const below = out + tile_rows * p.stride;
@@ -164,7 +167,7 @@ void product_bf16_tiles(const Product& p) {
   if (whole) multiply_many(p, whole);
   for (int t = whole * pair; t < p.tokens; t += pair) {
     Product few = p;
-    few.acts += t * p.units * 64;
+    few.acts += t * p.units * tile_record;
     few.out += t * p.stride;
     few.tokens = std::min(pair, p.tokens - t);
     few.fetch = p.fetch && t == 0;
@@ -181,7 +184,7 @@ void product_bf16_tiles(const Product& p) {
 }
 
 constexpr void add_linear_amx(Kernels& k) {
-  k.acts[int(DType::bf16)] = {ActKind::bf16, 0, false, 64, 2 * tile_rows, true};
+  k.acts[int(DType::bf16)] = {ActKind::bf16, 0, false, int(tile_record), 2 * tile_rows, true};
   k.product[int(DType::bf16)] = product_bf16_tiles;
 }
 

@@ -1,4 +1,5 @@
-// Stands in for src/cpu/amx.h: AMX's tile unit in plain C++, so that the kernels for it are tested on every machine.
+// Stands in for src/cpu/amx_instructions.h: the tile unit in plain C++, so that the kernels for it are tested on every machine. All rows
+// have 64 bytes here.
 #pragma once
 
 #include "core/dtype.h"
@@ -15,20 +16,11 @@ struct TileRegister {
 };
 thread_local TileRegister tile_registers[8];
 
-// Registers that nobody configured have no rows, and those of a new configuration are zeros, as the unit's are.
-struct Tiles {
-  explicit Tiles(const uint8_t (&rows)[8]) {
-    std::memset(tile_registers, 0, sizeof tile_registers);
-    for (int i = 0; i < 8; ++i) tile_registers[i].rows = rows[i];
-  }
-  ~Tiles() { std::memset(tile_registers, 0, sizeof tile_registers); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-};
-
-struct WholeTiles : Tiles {
-  WholeTiles() : Tiles({16, 16, 16, 16, 16, 16, 16, 16}) {}
-};
+inline void release_tiles() { std::memset(tile_registers, 0, sizeof tile_registers); }
+inline void configure_tiles(const uint8_t (&config)[64]) {
+  release_tiles();
+  for (int i = 0; i < 8; ++i) tile_registers[i].rows = config[48 + i];
+}
 
 template <int tile>
 inline void load_tile_at(const void* p, int64_t step) {
