@@ -33,33 +33,24 @@ inline TileKeys take_keys(const LaneTile<InBf16>& tile, int first, int64_t d_k, 
   return {room, d_k * int64_t(sizeof(uint16_t))};
 }
 
-// scores of 32 rows (two tiles of keys) and one or two vectors; `next`, where not null, are 32 rows to fetch meanwhile.
-template <int C>
-inline void score_tiles(const TileKeys* keys, const uint16_t* q, int64_t q_vector, int64_t d_k, const uint16_t* const* next,
-                        float* scores) {
-  zero_tile<0>(), zero_tile<1>();
-  if constexpr (C == 2) zero_tile<2>(), zero_tile<3>();
+// The registers, few (linear_amx_kernels.h says why): two sums, a tile that changes with each product, and what two products share.
+constexpr int first_sum = 0, second_sum = 1, own_tile = 2, shared_tile = 3;
+
+// scores of 32 rows (two tiles of keys) and a vector; `next`, where not null, are 32 rows to fetch meanwhile.
+inline void score_tiles(const TileKeys* keys, const uint16_t* q, int64_t d_k, const uint16_t* const* next, float* scores) {
+  zero_tile<first_sum>(), zero_tile<second_sum>();
   for (int64_t d = 0; d < d_k; d += 32) {
     if (next)
 #pragma GCC unroll 32
       for (int r = 0; r < 32; ++r) __builtin_prefetch(next[r] + d, 0, 2);
-    load_tile_at<4>(keys[0].at + d, keys[0].step);
-    load_tile_at<6>(q + d * 16, 64);
-    dot_tiles_bf16<0, 4, 6>();
-    load_tile_at<5>(keys[1].at + d, keys[1].step);
-    dot_tiles_bf16<1, 5, 6>();
-    if constexpr (C == 2) {
-      load_tile_at<7>(q + q_vector + d * 16, 64);
-      dot_tiles_bf16<2, 4, 7>();
-      dot_tiles_bf16<3, 5, 7>();
-    }
+    load_tile_at<shared_tile>(q + d * 16, 64);
+    load_tile_at<own_tile>(keys[0].at + d, keys[0].step);
+    dot_tiles_bf16<first_sum, own_tile, shared_tile>();
+    load_tile_at<own_tile>(keys[1].at + d, keys[1].step);
+    dot_tiles_bf16<second_sum, own_tile, shared_tile>();
   }
-  store_tile_at<0>(scores, 64);
-  store_tile_at<1>(scores + 256, 64);
-  if constexpr (C == 2) {
-    store_tile_at<2>(scores + attention_tile * 16, 64);
-    store_tile_at<3>(scores + attention_tile * 16 + 256, 64);
-  }
+  store_tile_at<first_sum>(scores, 64);
+  store_tile_at<second_sum>(scores + 256, 64);
 }
 
 // values [d_v][attention_tile] = the values of a tile, zeros beyond the last up to `padded` rows, a multiple of 32.
@@ -83,37 +74,21 @@ inline void transpose_values(const LaneTile<InBf16>& tile, int padded, int64_t d
       }
 }
 
-// o[c][d] += Σ_t values[d][t] · weights[c][t] of one or two vectors, for `padded` rows.
-template <int C>
-inline void sum_tiles(const uint16_t* values, int64_t d_v, const uint16_t* weights, int padded, float* const* o) {
+// o[d] += Σ_t values[d][t] · weights[t] of a vector, for `padded` rows.
+inline void sum_tiles(const uint16_t* values, int64_t d_v, const uint16_t* weights, int padded, float* o) {
   for (int64_t d = 0; d < d_v; d += 32) {
-    load_tile_at<0>(o[0] + d * 16, 64);
-    load_tile_at<1>(o[0] + d * 16 + 256, 64);
-    if constexpr (C == 2) load_tile_at<2>(o[1] + d * 16, 64), load_tile_at<3>(o[1] + d * 16 + 256, 64);
+    load_tile_at<first_sum>(o + d * 16, 64);
+    load_tile_at<second_sum>(o + d * 16 + 256, 64);
     for (int t = 0; t < padded; t += 32) {
-      load_tile_at<4>(values + d * attention_tile + t, attention_tile * sizeof(uint16_t));
-      load_tile_at<6>(weights + t * 16, 64);
-      dot_tiles_bf16<0, 4, 6>();
-      load_tile_at<5>(values + (d + 16) * attention_tile + t, attention_tile * sizeof(uint16_t));
-      dot_tiles_bf16<1, 5, 6>();
-      if constexpr (C == 2) {
-        load_tile_at<7>(weights + attention_tile * 16 + t * 16, 64);
-        dot_tiles_bf16<2, 4, 7>();
-        dot_tiles_bf16<3, 5, 7>();
-      }
+      load_tile_at<shared_tile>(weights + t * 16, 64);
+      load_tile_at<own_tile>(values + d * attention_tile + t, attention_tile * sizeof(uint16_t));
+      dot_tiles_bf16<first_sum, own_tile, shared_tile>();
+      load_tile_at<own_tile>(values + (d + 16) * attention_tile + t, attention_tile * sizeof(uint16_t));
+      dot_tiles_bf16<second_sum, own_tile, shared_tile>();
     }
-    store_tile_at<0>(o[0] + d * 16, 64);
-    store_tile_at<1>(o[0] + d * 16 + 256, 64);
-    if constexpr (C == 2) store_tile_at<2>(o[1] + d * 16, 64), store_tile_at<3>(o[1] + d * 16 + 256, 64);
+    store_tile_at<first_sum>(o + d * 16, 64);
+    store_tile_at<second_sum>(o + d * 16 + 256, 64);
   }
-}
-
-// Calls f.template operator()<C>(first) for pairs of vectors and a single last one.
-template <class F>
-inline void for_pairs(int vectors, F f) {
-  int v = 0;
-  for (; v + 2 <= vectors; v += 2) f.template operator()<2>(v);
-  if (v < vectors) f.template operator()<1>(v);
 }
 
 inline void attend_lanes_amx(const AttentionUnit& u) {
@@ -146,29 +121,21 @@ inline void attend_lanes_amx(const AttentionUnit& u) {
     transpose_values(tile, padded, l.d_v, values);
 
     const bool ahead = tile.ahead && n == attention_tile;
-    for_pairs(vectors, [&]<int C>(int v) {
-      const Sight sight = sight_of(u, start, n, v, C);
-      weights.seen[v] = sight.any;
-      if (!sight.any) return;
-      float* s = scores + v * tile_floats;
+    for (int v = 0; v < vectors; ++v) {
+      weights.seen[v] = sight_of(u, start, n, v, 1).any;
+      if (!weights.seen[v]) continue;
       for (int t = 0; t < padded; t += 32)
-        score_tiles<C>(keys + t / 16, q + v * q_vector, q_vector, l.d_k, ahead && v == 0 ? tile.next_key + t : nullptr, s + t * 16);
-    });
-    for_pairs(vectors, [&]<int C>(int v) {
-      if (!weights.seen[v]) return;
-      const Sight sight = sight_of(u, start, n, v, C);
-      float* o[C];
-      for (int c = 0; c < C; ++c) {
-        float* s = scores + (v + c) * tile_floats;
-        if (sight.partial) mask_tile(u, u.first + (v + c) * 16, start, n, s);
-        float* const sums = u.state + (v + c) * state;
-        const f32x16 shrink = softmax_tile(s, n, padded, sums, weights.panel + (v + c) * tile_floats);
-        o[c] = sums + 32;
-        if (top(abs(shrink - splat(1))) == 0) continue;
-        for (int64_t d = 0; d < l.d_v; ++d) store(o[c] + d * 16, shrink * load(o[c] + d * 16));
-      }
-      sum_tiles<C>(values, l.d_v, weights.panel + v * tile_floats, padded, o);
-    });
+        score_tiles(keys + t / 16, q + v * q_vector, l.d_k, ahead && v == 0 ? tile.next_key + t : nullptr, scores + v * tile_floats + t * 16);
+    }
+    for (int v = 0; v < vectors; ++v) {
+      if (!weights.seen[v]) continue;
+      float *const s = scores + v * tile_floats, *const sums = u.state + v * state, *const o = sums + 32;
+      if (sight_of(u, start, n, v, 1).partial) mask_tile(u, u.first + v * 16, start, n, s);
+      const f32x16 shrink = softmax_tile(s, n, padded, sums, weights.panel + v * tile_floats);
+      if (top(abs(shrink - splat(1))) != 0)
+        for (int64_t d = 0; d < l.d_v; ++d) store(o + d * 16, shrink * load(o + d * 16));
+      sum_tiles(values, l.d_v, weights.panel + v * tile_floats, padded, o);
+    }
   }
 }
 
