@@ -1,5 +1,4 @@
 // Times the products of DeepSeek-V2-Lite on this machine, as shares of what it reads and multiplies at best, probed beside each row.
-// Usage: bench_ops [--threads N] [--tokens 1,4,16,48,512] [--type q4_0] [--only NAME]
 #include "core/check.h"
 #include "core/random.h"
 #include "cpu/cpu.h"
@@ -7,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -157,6 +157,13 @@ Options parse(int argc, char** argv) {
   Options o;
   for (int i = 1; i < argc; ++i) {
     const std::string name = argv[i];
+    if (name == "--help" || name == "-h") {
+      std::fputs("usage: bench_ops [--threads N] [--tokens 1,4,16,48,512] [--type q4_0] [--only NAME]\n"
+                 "Times the products of DeepSeek-V2-Lite on this machine, as shares of what it reads and multiplies at best.\n"
+                 "example: bench_ops --threads 16 --type bf16 --tokens 512,2048 --only experts\n",
+                 stdout);
+      std::exit(0);
+    }
     if (i + 1 == argc) fail_input("{} needs a value", name);
     const std::string value = argv[++i];
     if (name == "--threads") {

@@ -96,10 +96,12 @@ Ceilings CpuDevice::probe(double seconds) {
                   return double(bytes);
                 });
   auto arithmetic = [&](double (*ops)(int64_t)) {
+    // In shares small enough that a slow processor (of two that are one core's) takes fewer, as in products.
+    constexpr int64_t shares = 32, rounds = 20000 / shares;
     return 1e-9 * mean_rate(seconds / 8, [&] {
              std::atomic<double> done = 0;
-             threads_.parallel(threads_.count(), [&](int64_t, int) {
-               const double n = ops(20000);
+             threads_.parallel(threads_.count() * shares, [&](int64_t, int) {
+               const double n = ops(rounds);
                for (double old = done; !done.compare_exchange_weak(old, old + n);) {}
              });
              return done.load();
