@@ -158,10 +158,11 @@ Options parse(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string name = argv[i];
     if (name == "--help" || name == "-h") {
-      std::fputs("usage: bench_ops [--threads N] [--tokens 1,4,16,48,512] [--type q4_0] [--only NAME]\n"
-                 "Times the products of DeepSeek-V2-Lite on this machine, as shares of what it reads and multiplies at best.\n"
-                 "example: bench_ops --threads 16 --type bf16 --tokens 512,2048 --only experts\n",
-                 stdout);
+      std::fputs(
+          "usage: bench_ops [--threads N] [--tokens 1,4,16,48,512] [--type q4_0] [--only NAME]\n"
+          "Times the products of DeepSeek-V2-Lite on this machine, as shares of what it reads and multiplies at best.\n"
+          "example: bench_ops --threads 16 --type bf16 --tokens 512,2048 --only experts\n",
+          stdout);
       std::exit(0);
     }
     if (i + 1 == argc) fail_input("{} needs a value", name);

@@ -15,6 +15,13 @@ namespace mla {
 namespace {
 constexpr size_t page = 4096, huge_page = size_t(2) << 20, map_from = size_t(4) << 20;
 
+// With sanitizers scratch is handed out full of NaN, so that tests see what is read but was not written.
+#ifdef MLA_SANITIZED
+constexpr bool poisons = true;
+#else
+constexpr bool poisons = false;
+#endif
+
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 class HostMemory final : public Memory {
@@ -88,19 +95,12 @@ Buffer::~Buffer() {
 
 void* Arena::bytes(size_t n) {
   n = round_up(std::max<size_t>(n, 1), 64);
-  while (block_ < blocks_.size()) {
-    if (blocks_[block_].bytes() - used_ >= n) {
-      void* p = blocks_[block_].data() + used_;
-      used_ += n;
-      return p;
-    }
-    ++block_;
-    used_ = 0;
-  }
-  blocks_.emplace_back(std::max(n, map_from), *memory_);
-  block_ = blocks_.size() - 1;
-  used_ = n;
-  return blocks_.back().data();
+  while (block_ < blocks_.size() && blocks_[block_].bytes() - used_ < n) ++block_, used_ = 0;
+  if (block_ == blocks_.size()) blocks_.emplace_back(std::max(n, map_from), *memory_);
+  std::byte* const p = blocks_[block_].data() + used_;
+  used_ += n;
+  if (poisons && memory_->place() == Place::host) std::memset(p, 0xff, n);
+  return p;
 }
 
 Tensor Arena::tensor(DType dtype, std::initializer_list<int64_t> shape) {

@@ -125,7 +125,8 @@ inline void attend_lanes_amx(const AttentionUnit& u) {
       weights.seen[v] = sight_of(u, start, n, v, 1).any;
       if (!weights.seen[v]) continue;
       for (int t = 0; t < padded; t += 32)
-        score_tiles(keys + t / 16, q + v * q_vector, l.d_k, ahead && v == 0 ? tile.next_key + t : nullptr, scores + v * tile_floats + t * 16);
+        score_tiles(keys + t / 16, q + v * q_vector, l.d_k, ahead && v == 0 ? tile.next_key + t : nullptr,
+                    scores + v * tile_floats + t * 16);
     }
     for (int v = 0; v < vectors; ++v) {
       if (!weights.seen[v]) continue;

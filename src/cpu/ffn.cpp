@@ -80,8 +80,8 @@ Plan plan_routed(Arena& arena, const Routing& routing, int64_t n, int64_t expert
   return plan;
 }
 
-// The activations of all places, expert by expert in tiles. A routed tile of one token uses the token's own records, so that a decode step
-// quantises each token once.
+// The activations of all places, expert by expert in tiles. A routed token that no other goes with uses its own records, so that a decode
+// step quantises each token once.
 struct Inputs {
   const std::byte* single;  // [n] tokens, each a tile of one; none for many tokens that are not routed
   const std::byte* tiled;   // [places]; none for one token
@@ -118,7 +118,8 @@ Inputs write_inputs(CpuDevice& device, const PackedShape& shape, const Plan& pla
       const int64_t place = plan.place[i * plan.each + j];
       const Plan::Expert& expert = plan.experts[plan.expert_of[place]];
       const TokenRecords to = token_records(shape, expert.count, place - expert.first);
-      if (to.step > shape.acts.block_bytes) copy_records(shape, own, tiled + expert.first * bytes + to.offset, to.step);
+      const bool in_product_of_many = to.step > shape.acts.block_bytes || (shape.acts.any_tokens && expert.count > 1);
+      if (in_product_of_many) copy_records(shape, own, tiled + expert.first * bytes + to.offset, to.step);
     }
   };
   if (n * x.shape[1] < 16384)

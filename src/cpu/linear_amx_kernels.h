@@ -120,7 +120,8 @@ void product_bf16_tiles(const Product& p) {
     for (int64_t set = 0; set < sets; ++set) {
       const int64_t then = set + 1 < sets ? set + 1 : 0, then_from = set + 1 < sets ? from : from + units;
       const int64_t then_step = std::min<int64_t>(set_tokens, p.tokens - then * set_tokens) * tile_record;
-      const std::byte* const next_acts = then_from < p.units ? p.acts + then * set_tokens * p.units * tile_record + then_from * then_step : nullptr;
+      const std::byte* const next_acts =
+          then_from < p.units ? p.acts + then * set_tokens * p.units * tile_record + then_from * then_step : nullptr;
       multiply_set(p, set, from, units, [&](int64_t g) {
         StretchAhead ahead{};
         const int64_t line = (set * p.groups + g) * units * weight_lines, group = line / (units * tile_lines);

@@ -102,8 +102,8 @@ inline void multiply_tile(const PackedShape& shape, const Product& p) {
 // Groups in a piece of work. Few tokens: enough bytes for a stream, few enough to end together. Many: what stays in the
 // second-level cache while tiles of tokens pass over it. Either way several pieces for each thread.
 inline int64_t groups_per_piece(const ActFormat& format, int64_t groups, int64_t group_bytes, int64_t tokens, int threads) {
-  // Units that multiply many tokens at once are so fast that it shows how often activations are read; they take a stretch of many columns at
-  // a time.
+  // Units that multiply many tokens at once are so fast that it shows how often activations are read; they take a stretch of many columns
+  // at a time.
   const bool wide = format.any_tokens && tokens > 16;
   const int64_t bytes = int64_t(wide ? 512 : tokens > 4 ? 192 : 48) << 10, most = wide ? 64 << 10 : group_bytes;
   const int64_t share = std::max<int64_t>(1, groups / (4 * threads));

@@ -341,16 +341,21 @@ TEST_P(LinearTest, feeds_forward) {
   // On a GPU few rows, many and more go other ways.
   // On a processor the largest batch's activations are shared out over the threads; 33 tokens leave a tile of one.
   for (const int64_t n : GetParam().machine.kernels ? std::vector<int64_t>{23, 33, 16384 / d + 1} : std::vector<int64_t>{5, 23, 90})
-    for (const bool routed : {false, true}) {
+    for (const int way : {0, 1, 2}) {
+      const bool routed = way > 0, together = way == 2;  // all tokens to the same experts
       auto x = ref::random_floats(n * d, 44), weight = ref::random_floats(n * k, 45), start = ref::random_floats(n * d, 46);
       std::vector<int32_t> expert;
       for (int64_t i = 0; i < n; ++i) {  // in any order, some later ones twice
         const auto low = int32_t(i % 3), high = int32_t(3 + i % 2 * (i % 5 != 0));
         expert.insert(expert.end(), {i % 4 == 1 ? high : low, i % 4 == 1 || (i > 33 && i % 7 == 3) ? low : high});
+        if (together) expert[size_t(2 * i)] = 2, expert[size_t(2 * i + 1)] = 4;
       }
       Tensor in = view(x.data(), DType::f32, {n, d});
       std::vector<float> y = start, alone = start;
       const Routing routing{view(expert.data(), DType::i32, {n, k}), view(weight.data(), DType::f32, {n, k})};
+      // What is not written of the next call's activations is NaN.
+      std::vector<float> nans(size_t(n * d), nan), lost(size_t(n * d));
+      device->ffn(view(nans.data(), DType::f32, {n, d}), w, routed ? &routing : nullptr, view(lost.data(), DType::f32, {n, d}));
       device->ffn(in, w, routed ? &routing : nullptr, view(y.data(), DType::f32, {n, d}));
       for (int64_t i = 0; i < n; ++i) {
         const Routing one{slice(routing.expert, 0, i, 1), slice(routing.weight, 0, i, 1)};
