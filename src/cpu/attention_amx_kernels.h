@@ -4,6 +4,7 @@
 
 #include "cpu/amx.h"
 #include "cpu/attention_lanes_kernels.h"
+#include "cpu/transpose_values.h"
 
 namespace mla {
 namespace {
@@ -53,27 +54,6 @@ inline void score_tiles(const TileKeys* keys, const uint16_t* q, int64_t d_k, co
   store_tile_at<second_sum>(scores + 256, 64);
 }
 
-// values [d_v][attention_tile] = the values of a tile, zeros beyond the last up to `padded` rows, a multiple of 32.
-inline void transpose_values(const LaneTile<InBf16>& tile, int padded, int64_t d_v, uint16_t* values) {
-  const __m512i none = _mm512_setzero_si512();
-  for (int from = 0; from < padded; from += 32)
-    for (int64_t d = 0; d < d_v; d += 32)
-      for (int odd = 0; odd < 2; ++odd) {
-        f32x16 pairs[16];  // lane j: element d + 2j + odd of two rows
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) {
-          const int t = from + 2 * i;
-          const __m512i x = t < tile.n ? _mm512_loadu_si512(tile.value[t] + d) : none;
-          const __m512i y = t + 1 < tile.n ? _mm512_loadu_si512(tile.value[t + 1] + d) : none;
-          pairs[i].v = _mm512_castsi512_ps(odd ? _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(x, 16), y)
-                                               : _mm512_mask_blend_epi16(0xaaaaaaaa, x, _mm512_slli_epi32(y, 16)));
-        }
-        transpose(pairs);
-#pragma GCC unroll 16
-        for (int j = 0; j < 16; ++j) _mm512_store_ps(values + (d + 2 * j + odd) * attention_tile + from, pairs[j].v);
-      }
-}
-
 // o[d] += Σ_t values[d][t] · weights[t] of a vector, for `padded` rows.
 inline void sum_tiles(const uint16_t* values, int64_t d_v, const uint16_t* weights, int padded, float* o) {
   for (int64_t d = 0; d < d_v; d += 32) {
@@ -120,18 +100,20 @@ inline void attend_lanes_amx(const AttentionUnit& u) {
     for (int t = 0; t < padded; t += 16) keys[t / 16] = take_keys(tile, t, l.d_k, key_room + t * l.d_k);
     transpose_values(tile, padded, l.d_v, values);
 
-    const bool ahead = tile.ahead && n == attention_tile;
+    bool fetch = tile.ahead && n == attention_tile;
+    bool partial[attention_vectors];
     for (int v = 0; v < vectors; ++v) {
-      weights.seen[v] = sight_of(u, start, n, v, 1).any;
-      if (!weights.seen[v]) continue;
+      const Sight sight = sight_of(u, start, n, v, 1);
+      weights.seen[v] = sight.any, partial[v] = sight.partial;
+      if (!sight.any) continue;
       for (int t = 0; t < padded; t += 32)
-        score_tiles(keys + t / 16, q + v * q_vector, l.d_k, ahead && v == 0 ? tile.next_key + t : nullptr,
-                    scores + v * tile_floats + t * 16);
+        score_tiles(keys + t / 16, q + v * q_vector, l.d_k, fetch ? tile.next_key + t : nullptr, scores + v * tile_floats + t * 16);
+      fetch = false;
     }
     for (int v = 0; v < vectors; ++v) {
       if (!weights.seen[v]) continue;
       float *const s = scores + v * tile_floats, *const sums = u.state + v * state, *const o = sums + 32;
-      if (sight_of(u, start, n, v, 1).partial) mask_tile(u, u.first + v * 16, start, n, s);
+      if (partial[v]) mask_tile(u, u.first + v * 16, start, n, s);
       const f32x16 shrink = softmax_tile(s, n, padded, sums, weights.panel + v * tile_floats);
       if (top(abs(shrink - splat(1))) != 0)
         for (int64_t d = 0; d < l.d_v; ++d) store(o + d * 16, shrink * load(o + d * 16));

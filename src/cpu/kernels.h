@@ -59,7 +59,7 @@ struct Product {
   const std::byte* acts;
   int tokens;             // a number that the format takes
   int64_t units;          // packed units along the columns
-  bool fetch;             // bring weights closer: they come from memory
+  bool fetch;             // bring weights closer: they come from memory (products of many tokens bring the next stretch's anyway)
   const std::byte* next;  // what the caller reads afterwards, fetched towards the end; may be null
   float* out;
   int64_t stride;

@@ -94,12 +94,16 @@ inline void multiply_set(const Product& p, int64_t set, int64_t from, int64_t un
       multiply_units<Tile...>({p.acts + first * p.units * tile_record + from * step, step, p.out + first * p.stride + g * lanes},
                               p.weights + g * p.group_bytes + from * tile_bytes, units, from == 0, p.stride, ahead(g));
   };
+  // A register of zeros is not in use.
   if (tokens == set_tokens) return multiply(First(), Second());
-  if (tokens > tile_rows)
+  zero_tile<Second::sums>();
+  if (tokens > tile_rows) {
     multiply(First(), Last());
-  else
+  } else {
+    zero_tile<First::sums>(), zero_tile<First::acts>();
     multiply(Last());
-  zero_tile<Last::sums>(), zero_tile<Last::acts>();  // out of use
+  }
+  zero_tile<Last::sums>(), zero_tile<Last::acts>();
 }
 
 // One set passes over the rows as they lie, since they may come from memory. Of more, each meets a stretch of columns before any meets the
@@ -111,12 +115,15 @@ void product_bf16_tiles(const Product& p) {
   const Tiles registers({tile_rows, tile_rows, tile_rows, tile_rows, last, last, tile_rows, tile_rows});
   const int64_t sets = (p.tokens + set_tokens - 1) / set_tokens;
   if (sets == 1) return multiply_set(p, 0, 0, p.units, [&](int64_t) { return StreamAhead{p}; });
-  // A unit brings so many lines: of weights a power of two, so that those of a group's units lie in one group.
-  const int64_t weight_lines = tile_lines / int64_t(std::bit_floor(uint64_t(sets))), act_lines = (2 * tile_lines + p.groups - 1) / p.groups;
+  const int64_t act_lines = (2 * tile_lines + p.groups - 1) / p.groups;  // that a unit brings
   for (int64_t from = 0; from < p.units; from += stretch) {
     const int64_t units = std::min(stretch, p.units - from);
     const bool end = from + units == p.units;
     const std::byte* const next_weights = end ? p.next : p.weights + (from + units) * tile_bytes;
+    // The next stretch's lines of a group, and how many of them a set brings beside a group: a part by a power of two, so that they lie in
+    // one.
+    const int64_t group_lines = std::min(stretch, end ? p.units : p.units - from - units) * tile_lines;
+    const int64_t weight_lines = group_lines / int64_t(std::bit_floor(uint64_t(sets)));
     for (int64_t set = 0; set < sets; ++set) {
       const int64_t then = set + 1 < sets ? set + 1 : 0, then_from = set + 1 < sets ? from : from + units;
       const int64_t then_step = std::min<int64_t>(set_tokens, p.tokens - then * set_tokens) * tile_record;
@@ -124,9 +131,9 @@ void product_bf16_tiles(const Product& p) {
           then_from < p.units ? p.acts + then * set_tokens * p.units * tile_record + then_from * then_step : nullptr;
       multiply_set(p, set, from, units, [&](int64_t g) {
         StretchAhead ahead{};
-        const int64_t line = (set * p.groups + g) * units * weight_lines, group = line / (units * tile_lines);
+        const int64_t line = (set * p.groups + g) * weight_lines, group = line / group_lines;
         if (next_weights && group < p.groups)
-          ahead.weights = {next_weights + group * p.group_bytes + line % (units * tile_lines) * 64, weight_lines};
+          ahead.weights = {next_weights + group * p.group_bytes + line % group_lines * 64, (weight_lines + units - 1) / units};
         if (next_acts) ahead.acts = {next_acts + g * units * act_lines * 64, act_lines};
         return ahead;
       });

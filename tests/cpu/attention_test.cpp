@@ -2,6 +2,7 @@
 #include "attention_ref.h"
 #include "core/random.h"
 #include "machines.h"
+#include "tiles_by_hand/kernels.h"
 
 #include <gtest/gtest.h>
 
@@ -85,7 +86,8 @@ Output run(Device& device, Problem& p, Spans spans, Output start = {}, Attend ho
 double tolerance(const Device& device, DType type) {
   const std::string name = device.describe();
   if (type == DType::f32) return 2e-5;
-  const bool bf16 = name.find("CPU") != 0 || name.find("bf16") != std::string::npos || name.find("amx") != std::string::npos;
+  const bool bf16 = name.find("CPU") != 0 || name.find("bf16") != std::string::npos || name.find("amx") != std::string::npos ||
+                    name.find("tiles") != std::string::npos;
   return bf16 ? 2e-2 : 3e-3;
 }
 
@@ -119,7 +121,12 @@ class EveryMachine : public testing::TestWithParam<Machine> {
  protected:
   std::unique_ptr<Device> device = GetParam().open(2);
 };
-INSTANTIATE_TEST_SUITE_P(Every, EveryMachine, testing::ValuesIn(machines()), [](const auto& info) { return info.param.name(); });
+std::vector<Machine> machines_and_tiles() {
+  std::vector<Machine> all = machines();
+  all.push_back({&kernels_tiles_by_hand()});
+  return all;
+}
+INSTANTIATE_TEST_SUITE_P(Every, EveryMachine, testing::ValuesIn(machines_and_tiles()), [](const auto& info) { return info.param.name(); });
 
 constexpr DType types[] = {DType::f32, DType::f16, DType::bf16, DType::i8, DType::f8};
 

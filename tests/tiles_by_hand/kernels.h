@@ -1,4 +1,4 @@
-// The plain kernels with products on a tile unit in plain C++.
+// The plain kernels with attention and products on a tile unit in plain C++.
 #pragma once
 
 #include "cpu/kernels.h"

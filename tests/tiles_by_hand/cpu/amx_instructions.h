@@ -1,10 +1,11 @@
 // Stands in for src/cpu/amx_instructions.h: the tile unit in plain C++, so that the kernels for it are tested on every machine. All rows
-// have 64 bytes here.
+// have 64 bytes here. What the unit refuses ends the program.
 #pragma once
 
 #include "core/dtype.h"
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 namespace mla {
@@ -38,7 +39,9 @@ inline void zero_tile() {
 }
 template <int sums, int a, int b>
 inline void dot_tiles_bf16() {
+  static_assert(sums != a && sums != b && a != b);
   TileRegister &c = tile_registers[sums], &x = tile_registers[a], &y = tile_registers[b];
+  if (c.rows == 0 || c.rows != x.rows || y.rows != 16) std::abort();
   const auto low = [](uint32_t pair) { return bf16_to_f32(uint16_t(pair)); };
   const auto high = [](uint32_t pair) { return bf16_to_f32(uint16_t(pair >> 16)); };
   for (int m = 0; m < c.rows; ++m)
