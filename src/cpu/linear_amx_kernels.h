@@ -18,7 +18,7 @@ constexpr int64_t tile_record = 64, tile_bytes = tile_rows * tile_record, tile_l
 // The registers of a tile of tokens. Those of a set share one for their activations, and weights have one: a register in use takes one of
 // the physical ones that a core's two hardware threads share, and what is left bounds how many instructions are under way. Where the other
 // thread has tiles in use, two sums with four registers are nearly twice as fast as four sums with eight, a load more for two products
-// included; where it has none, as fast.
+// included; where it has none, nearly as fast.
 template <int sums_at, int acts_at>
 struct TokenTile {
   static constexpr int sums = sums_at, acts = acts_at;
