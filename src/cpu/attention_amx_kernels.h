@@ -9,7 +9,7 @@
 namespace mla {
 namespace {
 
-inline bool fits_tiles(const KvLayout& l) { return l.d_k % 32 == 0 && l.d_v % 32 == 0; }
+inline bool fits_tiles(const KvFormat& f) { return f.type != DType::f32 && f.layout.d_k % 32 == 0 && f.layout.d_v % 32 == 0; }
 
 // Sixteen keys, `step` bytes apart.
 struct TileKeys {

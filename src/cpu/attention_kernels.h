@@ -16,7 +16,7 @@ inline void attend_lanes(const AttentionUnit& u) {
   const bool narrow = u.kv->format.type != DType::f32;
   const int widest = std::max(u.kv->format.layout.d_k, u.kv->format.layout.d_v);
 #if defined(__AMX_BF16__)
-  if (narrow && fits_tiles(u.kv->format.layout)) return attend_lanes_amx(u);
+  if (fits_tiles(u.kv->format)) return attend_lanes_amx(u);
 #endif
   if (isa_has_bf16 && narrow)
     attend_lanes_in<InBf16>(u);

@@ -118,8 +118,7 @@ Inputs write_inputs(CpuDevice& device, const PackedShape& shape, const Plan& pla
       const int64_t place = plan.place[i * plan.each + j];
       const Plan::Expert& expert = plan.experts[plan.expert_of[place]];
       const TokenRecords to = token_records(shape, expert.count, place - expert.first);
-      const bool in_product_of_many = to.step > shape.acts.block_bytes || (shape.acts.any_tokens && expert.count > 1);
-      if (in_product_of_many) copy_records(shape, own, tiled + expert.first * bytes + to.offset, to.step);
+      if (expert.count > 1) copy_records(shape, own, tiled + expert.first * bytes + to.offset, to.step);
     }
   };
   if (n * x.shape[1] < 16384)

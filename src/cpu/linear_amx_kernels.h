@@ -55,10 +55,14 @@ struct StretchAhead {
 
 // Up to 32 tokens: their records of a unit of 32 columns, `step` bytes before those of the next, and their results.
 struct TokenSet {
+  int64_t tokens, step;
   const std::byte* acts;
-  int64_t step;
   float* out;
 };
+inline TokenSet set_at(const Product& p, int64_t set, int64_t unit) {
+  const int64_t first = set * set_tokens, tokens = std::min<int64_t>(set_tokens, p.tokens - first), step = tokens * tile_record;
+  return {tokens, step, p.acts + first * p.units * tile_record + unit * step, p.out + first * p.stride};
+}
 
 // The products of a set's tiles with some units of a group; the sums go on from `out`, or begin.
 template <class... Tile, class Ahead>
@@ -87,17 +91,15 @@ inline void multiply_units(TokenSet set, const std::byte* weights, int64_t units
 
 // A set meets a stretch of columns, group by group; ahead(g) says what is fetched meanwhile.
 template <class AheadOf>
-inline void multiply_set(const Product& p, int64_t set, int64_t from, int64_t units, AheadOf ahead) {
-  const int64_t first = set * set_tokens, tokens = std::min<int64_t>(set_tokens, p.tokens - first), step = tokens * tile_record;
+inline void multiply_set(const Product& p, TokenSet set, int64_t from, int64_t units, AheadOf ahead) {
   auto multiply = [&]<class... Tile>(Tile...) {
-    for (int64_t g = 0; g < p.groups; ++g)
-      multiply_units<Tile...>({p.acts + first * p.units * tile_record + from * step, step, p.out + first * p.stride + g * lanes},
-                              p.weights + g * p.group_bytes + from * tile_bytes, units, from == 0, p.stride, ahead(g));
+    for (int64_t g = 0; g < p.groups; ++g, set.out += lanes)
+      multiply_units<Tile...>(set, p.weights + g * p.group_bytes + from * tile_bytes, units, from == 0, p.stride, ahead(g));
   };
   // A register of zeros is not in use.
-  if (tokens == set_tokens) return multiply(First(), Second());
+  if (set.tokens == set_tokens) return multiply(First(), Second());
   zero_tile<Second::sums>();
-  if (tokens > tile_rows) {
+  if (set.tokens > tile_rows) {
     multiply(First(), Last());
   } else {
     zero_tile<First::sums>(), zero_tile<First::acts>();
@@ -114,7 +116,7 @@ void product_bf16_tiles(const Product& p) {
   const auto last = uint8_t(p.tokens % tile_rows ? p.tokens % tile_rows : tile_rows);
   const Tiles registers({tile_rows, tile_rows, tile_rows, tile_rows, last, last, tile_rows, tile_rows});
   const int64_t sets = (p.tokens + set_tokens - 1) / set_tokens;
-  if (sets == 1) return multiply_set(p, 0, 0, p.units, [&](int64_t) { return StreamAhead{p}; });
+  if (sets == 1) return multiply_set(p, set_at(p, 0, 0), 0, p.units, [&](int64_t) { return StreamAhead{p}; });
   const int64_t act_lines = (2 * tile_lines + p.groups - 1) / p.groups;  // that a unit brings
   for (int64_t from = 0; from < p.units; from += stretch) {
     const int64_t units = std::min(stretch, p.units - from);
@@ -125,11 +127,9 @@ void product_bf16_tiles(const Product& p) {
     const int64_t group_lines = std::min(stretch, end ? p.units : p.units - from - units) * tile_lines;
     const int64_t weight_lines = group_lines / int64_t(std::bit_floor(uint64_t(sets)));
     for (int64_t set = 0; set < sets; ++set) {
-      const int64_t then = set + 1 < sets ? set + 1 : 0, then_from = set + 1 < sets ? from : from + units;
-      const int64_t then_step = std::min<int64_t>(set_tokens, p.tokens - then * set_tokens) * tile_record;
-      const std::byte* const next_acts =
-          then_from < p.units ? p.acts + then * set_tokens * p.units * tile_record + then_from * then_step : nullptr;
-      multiply_set(p, set, from, units, [&](int64_t g) {
+      const bool more = set + 1 < sets;
+      const std::byte* const next_acts = more ? set_at(p, set + 1, from).acts : end ? nullptr : set_at(p, 0, from + units).acts;
+      multiply_set(p, set_at(p, set, from), from, units, [&](int64_t g) {
         StretchAhead ahead{};
         const int64_t line = (set * p.groups + g) * weight_lines, group = line / group_lines;
         if (next_weights && group < p.groups)

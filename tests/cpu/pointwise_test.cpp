@@ -127,7 +127,7 @@ TEST_P(PointwiseTest, a_gate_of_no_numbers_ends) {
   for (const uint32_t bits : {0x7fc00000U, 0x7fffffffU, 0xffffffffU}) {
     const std::vector<int32_t> expert = chosen(std::bit_cast<float>(bits));
     for (int64_t i = 0; i < n * k; ++i) {
-      if (i / k != 1) EXPECT_EQ(expert[size_t(i)], numbers[size_t(i)]);
+      if (i / k != 1) { EXPECT_EQ(expert[size_t(i)], numbers[size_t(i)]); }
       EXPECT_TRUE(expert[size_t(i)] >= 0 && expert[size_t(i)] < experts) << expert[size_t(i)];
     }
   }

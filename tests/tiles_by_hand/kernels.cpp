@@ -8,9 +8,7 @@
 namespace mla {
 namespace {
 
-void attend_on_tiles(const AttentionUnit& u) {
-  (u.kv->format.type != DType::f32 && fits_tiles(u.kv->format.layout) ? attend_lanes_amx : attend_lanes)(u);
-}
+void attend_on_tiles(const AttentionUnit& u) { (fits_tiles(u.kv->format) ? attend_lanes_amx : attend_lanes)(u); }
 
 }  // namespace
 
