@@ -21,6 +21,18 @@ __device__ inline uint32_t f8_pair(uint32_t word, int which) {
   return scale_pair(widen_codes(__byte_perm(word, 0, which ? 0x3424 : 0x1404)), __floats2bfloat162_rn(0x1p120f, 0x1p120f));
 }
 
+// A word's four codes as f16, exactly.
+__device__ inline uint2 codes_f16(uint32_t codes) {
+  uint2 x;
+  asm("{.reg .b16 low, high;\n"  // so that the conversions take halves of a register; of shifted ones they take registers
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high;}"
+      : "=r"(x.x), "=r"(x.y)
+      : "r"(codes));
+  return x;
+}
+
 // Codes of q4_0 in nibbles i and i + 4 of a word, neighbours in the row (pack.h). Nibbles become the low bits of 128 + nibble in bf16; less
 // 136, that is the code.
 __device__ inline __nv_bfloat162 nibble_pair(uint32_t word, int i) {

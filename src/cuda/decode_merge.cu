@@ -148,17 +148,17 @@ __global__ void __launch_bounds__(32 * most_warps)
   if (lane == 0) {
     barrier_init(&here[warp], 1);
     barrier_init_done();
-    barrier_expect(&here[warp], pieces * (o_bytes + sums_bytes));
   }
   __syncwarp();
   begin_kernel(true);
   if (slab * slab_rows >= merge.rows) return;
   if (pieces > 0 && elect_lane()) {
+    barrier_expect(&here[warp], pieces * (o_bytes + sums_bytes));
     copy_bytes(sums, sums_from, pieces * sums_bytes, &here[warp]);
     copy_bytes(o, o_from, pieces * o_bytes, &here[warp]);
   }
   const Place place(call, merge, slab, sixteen);
-  barrier_wait(&here[warp], 0);
+  if (pieces > 0) barrier_wait(&here[warp], 0);
   __syncwarp();
   const auto* o_at = reinterpret_cast<const uint4*>(o) + lane;
   const auto* sums_at = reinterpret_cast<const float*>(sums) + lane / 4;

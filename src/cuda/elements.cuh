@@ -32,6 +32,9 @@ __device__ inline float fast_exp2(float x) {
   return y;
 }
 
+// The same of whole numbers up to 127.
+__device__ inline float power_of_two(int x) { return __int_as_float(max(x + 127, 0) << 23); }
+
 // Four elements of a row of f32 from `column` on, zeros beyond its end. aligned: whether a row's fours are at multiples of 16 bytes.
 __device__ inline float4 four(const float* row, int column, int cols, bool aligned) {
   if (aligned && column + 4 <= cols) return *reinterpret_cast<const float4*>(row + column);

@@ -8,6 +8,7 @@
 #include "cuda/codes.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/mma.cuh"
 #include "cuda/product.h"
 
 #include <algorithm>
@@ -29,14 +30,6 @@ struct Team {
   }
 };
 constexpr int few_columns = 128, few_warps = 2;  // up to so many columns teams have so few warps
-
-// c += A B for 16 rows, 8 columns and 16 terms: lane l has rows l / 4 and l / 4 + 8 of A, column l / 4 of B, columns 2 (l % 4) + {0, 1} of
-// c.
-__device__ inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 // Weights past their use are not worth a place in the caches.
 __device__ inline uint4 load_once(const void* p) {
@@ -70,8 +63,8 @@ struct Piece<DType::bf16> {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint4 b = x ? *reinterpret_cast<const uint4*>(x + 32 * i + lane % 4 * 8) : uint4{};
-      multiply(c, upper[i].x, lower[i].x, upper[i].y, lower[i].y, b.x, b.y);
-      multiply(c, upper[i].z, lower[i].z, upper[i].w, lower[i].w, b.z, b.w);
+      multiply_bf16(c, {upper[i].x, lower[i].x, upper[i].y, lower[i].y}, {b.x, b.y});
+      multiply_bf16(c, {upper[i].z, lower[i].z, upper[i].w, lower[i].w}, {b.z, b.w});
     }
   }
 };
@@ -79,8 +72,8 @@ struct Piece<DType::bf16> {
 // Products of one scale's 32 columns are summed as whole numbers and scaled once.
 __device__ inline void add_scaled(float (&c)[4], const uint32_t (&u)[4], const uint32_t (&l)[4], const uint4& b, float upper, float lower) {
   float t[4] = {};
-  multiply(t, u[0], l[0], u[1], l[1], b.x, b.y);
-  multiply(t, u[2], l[2], u[3], l[3], b.z, b.w);
+  multiply_bf16(t, {u[0], l[0], u[1], l[1]}, {b.x, b.y});
+  multiply_bf16(t, {u[2], l[2], u[3], l[3]}, {b.z, b.w});
   c[0] += upper * t[0], c[1] += upper * t[1];
   c[2] += lower * t[2], c[3] += lower * t[3];
 }
@@ -134,8 +127,9 @@ struct Piece<DType::f8> {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint4 b = x ? *reinterpret_cast<const uint4*>(x + i * 32 + lane % 4 * 8) : uint4{};
-      multiply(t, f8_pair(up[2 * i], 0), f8_pair(low[2 * i], 0), f8_pair(up[2 * i], 1), f8_pair(low[2 * i], 1), b.x, b.y);
-      multiply(t, f8_pair(up[2 * i + 1], 0), f8_pair(low[2 * i + 1], 0), f8_pair(up[2 * i + 1], 1), f8_pair(low[2 * i + 1], 1), b.z, b.w);
+      multiply_bf16(t, {f8_pair(up[2 * i], 0), f8_pair(low[2 * i], 0), f8_pair(up[2 * i], 1), f8_pair(low[2 * i], 1)}, {b.x, b.y});
+      multiply_bf16(t, {f8_pair(up[2 * i + 1], 0), f8_pair(low[2 * i + 1], 0), f8_pair(up[2 * i + 1], 1), f8_pair(low[2 * i + 1], 1)},
+                    {b.z, b.w});
     }
     c[0] += upper_scale * t[0], c[1] += upper_scale * t[1];
     c[2] += lower_scale * t[2], c[3] += lower_scale * t[3];

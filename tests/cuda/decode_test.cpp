@@ -61,6 +61,7 @@ const Case cases[] = {
     {"four_queries_fp8", 16, 512, 64, 4, {1, 4, 66, 300, 1000}, 128, true, 1, DType::f8},
     {"twelve_rows_fp8", 4, 512, 64, 3, {3, 4, 66, 300, 1000}, 64, true, 1, DType::f8},
     {"many_pieces_fp8", 16, 512, 64, 1, {9000}, 64, true, 1, DType::f8},
+    {"short_fp8", 16, 512, 64, 1, {64, 1, 0, 0, 129, 65, 0, 64, 200, 0, 64, 64, 64, 128, 0, 5}, 64, true, 1, DType::f8},
     {"wide_scores_fp8", 16, 512, 64, 1, {500, 1500}, 64, true, 30, DType::f8},
 };
 
@@ -84,7 +85,7 @@ void write_row(const KvFormat& f, const std::vector<float>& row, std::byte* to) 
     for (int64_t i = g; i < g + f.group(); ++i) most = std::max(most, std::fabs(row[size_t(i)]));
     const float scale = f8_scale(most);
     std::memcpy(to + f.scale_offset() + g / f.group() * 4, &scale, 4);
-    for (int64_t i = g; i < g + f.group(); ++i) to[i] = std::byte(f32_to_f8(row[size_t(i)] / scale));
+    for (int64_t i = g; i < g + f.group(); ++i) to[i] = std::byte(f32_to_f8(scale > 0 ? row[size_t(i)] / scale : 0));
   }
 }
 
@@ -112,7 +113,8 @@ class Decode : public testing::TestWithParam<Case> {
       queries += c.count(s);
       for (int j = 0; j < length; ++j) {
         std::vector<float> row(static_cast<size_t>(d_k));
-        const double size = c.type == DType::f8 ? std::exp2(j * 3 % 7 - 3) : 1;  // codes' scales differ
+        // Codes' scales differ within tiles and from one to the next.
+        const double size = j % 11 == 10 ? 0 : c.type == DType::f8 ? std::exp2(j * 3 % 7 - 3 + j / 64 % 3) : 1;
         for (int i = 0; i < d_k; ++i) row[size_t(i)] = float(size * random_normal(uint64_t(7 + s), uint64_t(j) * 1024 + uint64_t(i)));
         write_row(format, row, host.row(order[size_t(next + j / c.page_tokens)], j % c.page_tokens));
       }
@@ -120,6 +122,7 @@ class Decode : public testing::TestWithParam<Case> {
     }
     const int64_t n = queries, rows = n * c.n_h;
     std::vector<float> q = ref::random_floats(rows * d_k, 3, c.spread);
+    std::fill_n(q.begin() + rows / 2 * d_k, d_k, 0.f);
     std::vector<uint16_t> q_bf16(q.size());
     for (size_t i = 0; i < q.size(); ++i) q_bf16[i] = f32_to_bf16(q[i]), q[i] = bf16_to_f32(q_bf16[i]);
     const float scale = 1 / std::sqrt(float(d_k));
