@@ -24,7 +24,7 @@ __device__ inline uint32_t f8_pair(uint32_t word, int which) {
 // A word's four codes as f16, exactly.
 __device__ inline uint2 codes_f16(uint32_t codes) {
   uint2 x;
-  asm("{.reg .b16 low, high;\n"  // so that the conversions take halves of a register; of shifted ones they take registers
+  asm("{.reg .b16 low, high;\n"  // a word shifted in C++ would cost the shift, halves of a register cost nothing
       "mov.b32 {low, high}, %2;\n"
       "cvt.rn.f16x2.e4m3x2 %0, low;\n"
       "cvt.rn.f16x2.e4m3x2 %1, high;}"

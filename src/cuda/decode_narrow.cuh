@@ -22,7 +22,13 @@ struct NarrowShape {
   static constexpr int stage_bytes = stage_rows * row_bytes, box_bytes = stage_rows * 128;
   // Two teams take a sequence's tiles in turns and join at its end: codes are many instructions, which wait for one another.
   static constexpr int teams = Codes ? 2 : 1, threads = teams * team_threads;
+  static_assert(teams == 1 || teams == 2);
+  // Registers change hands by four warps at a time, so with the warp that loads go three that do nothing but give theirs.
+  static constexpr int idle_threads = Codes ? 96 : 0, all_threads = threads + 32 + idle_threads;
+  static constexpr int registers = 65536 / all_threads / 8 * 8, loader_registers = 32, team_registers = 112;  // a thread, of codes
+  static_assert(!Codes || threads * team_registers + 128 * loader_registers <= all_threads * registers);
   static constexpr float lift = Codes ? 7 : 0;  // probabilities in f16 are so much larger, base 2, since they meet small scales
+  static_assert(!Codes || lift + headroom_log2 < 16);
 };
 
 // What a block keeps in shared memory behind its stages. Neighbouring rows begin 8 or 4 banks apart.
@@ -31,18 +37,14 @@ struct NarrowShared {
   using S = NarrowShape<Codes>;
   float score[S::teams][4][narrow_rows][tile_tokens + 8];  // the shares of four quarters of the columns
   uint16_t p[S::teams][narrow_rows][tile_tokens + 8];      // probabilities
-  uint32_t weight[S::teams][4][4][8];                      // scales in f16, of each quarter; [t][i] has tokens 8 i + 2 t + {0, 1}
-  float largest[S::teams][4][narrow_rows];                 // of queries, in each quarter
+  uint32_t weight[S::teams][4][4][8];  // scales' shares of 2^(exponent - 126) in f16, of each quarter; [t][i] has tokens 8 i + 2 t + {0, 1}
+  float largest[S::teams][4][narrow_rows];  // of queries, in each quarter
   float factor[S::teams][narrow_rows];
   float sum[S::teams][2][narrow_rows];                                   // sequences take turns
   float share[S::teams][narrow_rows], reference[S::teams][narrow_rows];  // sums and what they refer to, of teams that join
   float4 handed[S::teams == 2 ? 4 * team_threads : 1];                   // half of the second's results; the other lies in its scores
   uint64_t full[S::stages], empty[S::stages], met[S::teams], joined;
 };
-
-// Registers change hands by four warps at a time, so with the warp that loads go three that do nothing but give theirs.
-template <bool Codes>
-constexpr int narrow_threads = NarrowShape<Codes>::threads + (Codes ? 128 : 32);
 
 template <bool Codes>
 constexpr int narrow_bytes = NarrowShape<Codes>::stages* NarrowShape<Codes>::stage_bytes + int(sizeof(NarrowShared<Codes>));
@@ -149,6 +151,7 @@ struct NarrowWarp {
     barrier_wait(&narrow_shared<Codes>().met[team], met_parity);
     met_parity ^= 1;
   }
+  // Twice for each sequence that both have, so that the parities are 0 and 1.
   __device__ void sync_teams(int parity) const {
     barrier_arrive(&narrow_shared<Codes>().joined);
     barrier_wait(&narrow_shared<Codes>().joined, parity);
@@ -178,8 +181,8 @@ struct NarrowWarp {
       q[j][2 + i] = *reinterpret_cast<const uint32_t*>(row + column + 8);
     }
   }
-  // Rows are divided by powers of two that leave their largest between 2^14 and 2^15. The order of a sum's terms is free: lane t has 32
-  // neighbouring columns of its quarter, four a step.
+  // Rows are divided by powers of two that leave their largest between 2^14 and 2^15, but for rows so small that no score differs, whose
+  // power must not make scale_log2 0. The order of a sum's terms is free: lane t has 32 neighbouring columns of its quarter, four a step.
   __device__ void load_queries_f16(const __nv_bfloat16* const (&row)[2]) {
     auto& largest = narrow_shared<Codes>().largest[team];
     uint32_t x[2][18];
@@ -208,7 +211,7 @@ struct NarrowWarp {
     sync();
     auto exponent_of = [&](int r) {
       const float most = fmaxf(fmaxf(largest[0][r], largest[1][r]), fmaxf(largest[2][r], largest[3][r]));
-      return max((__float_as_int(most) >> 23) - 127, -112) - 14;
+      return max((__float_as_int(most) >> 23) - 127, -64) - 14;
     };
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -222,7 +225,6 @@ struct NarrowWarp {
     scale_log2 *= power_of_two(exponent_of(softmax_row()));
   }
 
-  // Where the stage with half `h` of the tile's tokens begins.
   __device__ static const uint8_t* stage_at(int stage) { return narrow_memory + stage * S::stage_bytes; }
 
   __device__ void store_scores(const float (&s)[4][4]) const {
@@ -415,7 +417,7 @@ struct NarrowWarp {
     ring.next((S::teams - 1) * S::tile_stages + 1);
     const int token = tile * tile_tokens, valid = item.kv_count - token;
     barrier_wait(&shared.full[stage[0]], parity[0]);
-    if (half == 1 || valid < tile_tokens) barrier_wait(&shared.full[stage[1]], parity[1]);
+    if (S::tile_stages == 2 && (half == 1 || valid < tile_tokens)) barrier_wait(&shared.full[stage[1]], parity[1]);
     clear(stage, valid);
     scores(stage_at(half == 0 ? stage[0] : stage[1]));
     sync();
@@ -494,8 +496,8 @@ struct NarrowWarp {
   __device__ void join() requires(S::teams == 2) {
     NarrowShared<Codes>& shared = narrow_shared<Codes>();
     auto place = [&](int j) -> float4& {
-      auto* half = j < 4 ? reinterpret_cast<float4*>(shared.score[1]) : shared.handed;
-      return half[j % 4 * team_threads + 32 * warp + lane];
+      auto* eights = j < 4 ? reinterpret_cast<float4*>(shared.score[1]) : shared.handed;
+      return eights[j % 4 * team_threads + 32 * warp + lane];
     };
     const int row = softmax_row();
     const float sum = row_sum();
@@ -506,8 +508,8 @@ struct NarrowWarp {
       for (int j = 0; j < 8; ++j) place(j) = {o[j][0], o[j][1], o[j][2], o[j][3]};
     sync_teams(0);
     if (team == 0) {
-      auto both = [&](int r) { return fmaxf(shared.reference[0][r], shared.reference[1][r]); };
-      auto factor = [&](int of, int r) { return rescale(shared.reference[of][r], both(r)); };
+      auto larger = [&](int r) { return fmaxf(shared.reference[0][r], shared.reference[1][r]); };
+      auto factor = [&](int of, int r) { return rescale(shared.reference[of][r], larger(r)); };
       const float upper = factor(1, g), lower = factor(1, g + 8);
       scale_output(factor(0, g), factor(0, g + 8));
 #pragma unroll
@@ -515,7 +517,7 @@ struct NarrowWarp {
         const float4 x = place(j);
         o[j][0] += x.x * upper, o[j][1] += x.y * upper, o[j][2] += x.z * lower, o[j][3] += x.w * lower;
       }
-      exponent = 126, m = both(row);
+      exponent = 126, m = larger(row);
       l = lane % 16 == 0 ? shared.share[0][row] * factor(0, row) + shared.share[1][row] * factor(1, row) : 0;
     }
     sync_teams(1);  // what was handed over has been read
@@ -539,7 +541,7 @@ struct NarrowWarp {
 };
 
 template <bool Codes>
-__global__ void __launch_bounds__(narrow_threads<Codes>, 1)
+__global__ void __launch_bounds__(NarrowShape<Codes>::all_threads, 1)
     narrow_kernel(const __grid_constant__ CUtensorMap kv_map, const __grid_constant__ DecodeCall call,
                   const __grid_constant__ DecodePartials partial) {
   using S = NarrowShape<Codes>;
@@ -551,7 +553,7 @@ __global__ void __launch_bounds__(narrow_threads<Codes>, 1)
   if (threadIdx.x == S::threads) {
     if (!Codes) prefetch_map(&kv_map);
     if (shared_address(narrow_memory) % 1024 != 0) __trap();  // swizzles count from there
-    for (int i = 0; i < NarrowShape<Codes>::stages; ++i) {
+    for (int i = 0; i < S::stages; ++i) {
       barrier_init(&narrow_shared<Codes>().full[i], 1);
       barrier_init(&narrow_shared<Codes>().empty[i], team_threads);
     }
@@ -563,7 +565,7 @@ __global__ void __launch_bounds__(narrow_threads<Codes>, 1)
   begin_kernel(true);  // queries and cache rows are there
 
   if (threadIdx.x >= S::threads) {
-    if constexpr (Codes) give_registers<32>();
+    if constexpr (Codes) give_registers<S::loader_registers>();
     if (threadIdx.x >= S::threads + 32) return;
     NarrowLoader<Codes> loader(&kv_map, call, streams_by(part.tiles, S::stage_bytes * S::tile_stages));
     for (int i = begin; i < end; ++i) {
@@ -572,20 +574,20 @@ __global__ void __launch_bounds__(narrow_threads<Codes>, 1)
     }
     return;
   }
-  if constexpr (Codes) take_registers<112>();
+  if constexpr (Codes) take_registers<S::team_registers>();
   NarrowWarp<Codes> w;
   int before = 0;  // tiles of the items before
   for (int i = begin; i < end; ++i) {
     if (i > begin) item = call.plan.items[i];
     const int limit = min(item.kv_count, item.limit + w.softmax_row() / call.n_h);
     const int first = (w.team - before) & (S::teams - 1);
-    auto both = [&] { return S::teams == 2 && item.tile_end - item.tile_begin > 1; };
+    const bool both = S::teams == 2 && item.tile_end - item.tile_begin > 1;
     before += item.tile_end - item.tile_begin;
-    if (!both() && first > 0) continue;  // the other team's
+    if (!both && first > 0) continue;  // the other team's
     w.begin(call, item);
     for (int t = item.tile_begin + first; t < item.tile_end; t += S::teams) w.tile(item, t, limit);
     if constexpr (S::teams == 2)
-      if (both()) {
+      if (both) {
         w.join();
         if (w.team == 1) continue;
       }

@@ -27,8 +27,8 @@ void launch_narrow(const DecodeCall& call, cudaStream_t stream) {
   const DecodePartials partial = decode_partials(call, S::d_v);
   const Kv& kv = call.kv;
   const CUtensorMap rows = Codes ? CUtensorMap{} : pages_map(kv.base, S::d_k, kv.page_tokens, S::row_bytes, kv.page_bytes, S::stage_rows);
-  launch(narrow_kernel<Codes>, dim3(1, unsigned(call.plan.part_count)), dim3(narrow_threads<Codes>), size_t(narrow_bytes<Codes>), stream,
-         rows, call, partial);
+  launch(narrow_kernel<Codes>, dim3(1, unsigned(call.plan.part_count)), dim3(S::all_threads), size_t(narrow_bytes<Codes>), stream, rows,
+         call, partial);
   if (call.plan.merges > 0) merge_decode(call, partial, S::d_v, stream);
 }
 

@@ -1,5 +1,6 @@
-// The matrix units' instructions of one warp. Lane l has rows l / 4 and l / 4 + 8 of A and of C, column l / 4 of B; of a row's columns
-// (of B, of a column's rows) those at 2 (l % 4) + {0, 1}, and 8 further on.
+// The matrix units' instructions of one warp. With g = l / 4 and k = 2 (l % 4) lane l has of A, in pairs, row g's columns k and k + 1, the
+// same of row g + 8, then both rows' columns k + 8 and k + 9; of B's column g rows k and k + 1, then k + 8 and k + 9; of C rows g and
+// g + 8, columns k and k + 1.
 #pragma once
 
 #include <cstdint>
