@@ -21,6 +21,15 @@ __device__ inline uint32_t f8_pair(uint32_t word, int which) {
   return scale_pair(widen_codes(__byte_perm(word, 0, which ? 0x3424 : 0x1404)), __floats2bfloat162_rn(0x1p120f, 0x1p120f));
 }
 
+__device__ inline uint32_t f16_pair(float x, float y) {
+  const __half2 pair = __floats2half2_rn(x, y);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline uint32_t multiply_f16_pairs(uint32_t x, uint32_t y) {
+  const __half2 pair = __hmul2(*reinterpret_cast<const __half2*>(&x), *reinterpret_cast<const __half2*>(&y));
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 // A word's four codes as f16, exactly.
 __device__ inline uint2 codes_f16(uint32_t codes) {
   uint2 x;

@@ -68,15 +68,6 @@ struct NarrowRing {
   }
 };
 
-__device__ inline uint32_t f16_pair(float x, float y) {
-  const __half2 pair = __floats2half2_rn(x, y);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-__device__ inline uint32_t multiply_pairs(uint32_t x, uint32_t y) {
-  const __half2 pair = __hmul2(*reinterpret_cast<const __half2*>(&x), *reinterpret_cast<const __half2*>(&y));
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 // The warp that loads: a stage at a time, as soon as it is free.
 template <bool Codes>
 struct NarrowLoader {
@@ -377,7 +368,7 @@ struct NarrowWarp {
       uint32_t a[4];
       probabilities(a, k);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = multiply_pairs(a[i], of[k][i / 2]);
+      for (int i = 0; i < 4; ++i) a[i] = multiply_f16_pairs(a[i], of[k][i / 2]);
       uint2 x[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const uint2*>(rows + (16 * k + token[i]) * S::row_bytes + warp * 64 + 8 * g);
