@@ -26,7 +26,7 @@ struct NarrowShape {
   // Registers change hands by four warps at a time, so with the warp that loads go three that do nothing but give theirs.
   static constexpr int idle_threads = Codes ? 96 : 0, all_threads = threads + 32 + idle_threads;
   static constexpr int registers = 65536 / all_threads / 8 * 8, loader_registers = 32, team_registers = 112;  // a thread, of codes
-  static_assert(!Codes || threads * team_registers + 128 * loader_registers <= all_threads * registers);
+  static_assert(!Codes || threads * team_registers + (all_threads - threads) * loader_registers <= all_threads * registers);
   static constexpr float lift = Codes ? 7 : 0;  // probabilities in f16 are so much larger, base 2, since they meet small scales
   static_assert(!Codes || lift + headroom_log2 < 16);
 };
@@ -104,7 +104,7 @@ struct NarrowLoader {
   // `first_page`: a part's first item has its first pages here, one a lane.
   __device__ void tiles(const DecodeItem& item, bool has_first, int first_page) {
     int pages = 0;
-#pragma unroll 1
+#pragma unroll 1  // unrolled, it wants more registers than are left
     for (int t = item.tile_begin; t < item.tile_end; ++t) {
       const int at = (t - item.tile_begin) & 31;
       if (at == 0) pages = t + lane < item.tile_end ? call.plan.pages[item.table + (t + lane) / tiles_a_page] : 0;
@@ -392,7 +392,7 @@ struct NarrowWarp {
       auto* at = reinterpret_cast<uint4*>(narrow_memory + stage[i] * S::stage_bytes);
       constexpr int box_rows = Codes ? S::row_bytes / 16 : 8, boxes = Codes ? 1 : S::d_k / 64;  // in 16 bytes
       for (int box = 0; box < boxes; ++box)
-#pragma unroll 1
+#pragma unroll 1  // the same
         for (int j = from * box_rows + 32 * warp + lane; j < S::stage_rows * box_rows; j += team_threads)
           at[box * S::box_bytes / 16 + j] = uint4{};
     }
